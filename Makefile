@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[torch,plots,images]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[torch,fast,plots,images]'
 	touch $@
 
 .venv/.dev: .venv/.demo

@@ -23,6 +23,9 @@ MODULES = {
 ROWS = """
     errors environment
     stream config law optimizers runtimes.prefix models._layers data.files data.partition
+    kernels
+    kernels.directions kernels.simd
+    kernels.convolution
     perturbations models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
     runtimes models data.pickles data.picture
     estimator runtimes.torch data.dataset
@@ -41,6 +44,8 @@ AT_ONCE = {
     "torch": {"runtimes.torch", "runtimes.prefix", "server", "optimizers", "job"}
     | {name for name in MODULES if name.startswith("models")},
     "safetensors": {"checkpoint", "runs"},
+    "numba": {"kernels.directions", "kernels.simd", "kernels.convolution"},
+    "llvmlite": {"kernels.simd"},
 }
 # ... and what only inside functions: whoever does not call them need not have it.
 INSIDE_FUNCTIONS = {
@@ -114,8 +119,8 @@ def test_the_architecture_page_draws_true_rows():
     drawn = page.split("## Directions of import")[1].split("\n\n")[2]
     rows = rows_in("\n".join(reversed(drawn.split("\n"))))
 
-    def room(name):  # data and models are one name there
-        return name.split(".")[0] if name.startswith(("data.", "models.")) else name
+    def room(name):  # data, models and kernels are one name there
+        return name.split(".")[0] if name.startswith(("data.", "models.", "kernels.")) else name
 
     assert rows.keys() == {room(name) for name in MODULES} - {"__init__", "__main__"}
     for name in MODULES.keys() - {"__init__", "__main__"}:
