@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,8 +14,10 @@ from baffle.errors import ConfigError, DataError, DigestMismatchError, LossError
 from baffle.estimator import SteinEstimator
 from baffle.local import clip_inf_norm, optimizer_for
 from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, weights_digest
-from baffle.runtimes import Batch, DifferentiableRuntime, Runtime
+from baffle.runtimes import Batch, Runtime
 from baffle.stream import Stream, derive_seed, seed_from
+
+Backprop = Callable[[NDArray[np.float32], Batch], tuple[NDArray[np.float32], float]]
 
 
 class Samples(Protocol):
@@ -34,6 +36,33 @@ class Observation:
 
     loss: float = float("nan")
     forward_passes: int = 0
+
+
+class Download:
+    """What a round sends down, decoded: one for a device, shared by the clients of one process.
+
+    The clients check its weights against the plan's digest, once for each runtime.
+    ``weights`` (n,) float32 cannot be written to.
+
+    Raises MessageError for malformed bytes.
+    """
+
+    def __init__(self, plan: bytes, model: bytes) -> None:
+        self.plan = RoundPlan.decode(plan)
+        self.weights = ModelMessage.decode(model).weights
+        self.weights.setflags(write=False)
+        self._fitting: dict[int, Runtime] = {}  # by id; held, so that no other runtime can take the id
+
+    def fits(self, runtime: Runtime) -> bool:
+        """Whether the weights are the plan's, beside this runtime's layout and what it has frozen."""
+        if id(runtime) not in self._fitting:
+            layout = runtime.layout
+            if self.weights.shape != (layout.n,) or self.plan.weights_digest != weights_digest(
+                self.weights, layout, runtime.frozen_digest
+            ):
+                return False
+            self._fitting[id(runtime)] = runtime
+        return True
 
 
 class Client:
@@ -74,29 +103,29 @@ class Client:
         PrecisionError and LossError from the measurement. Cost: the plan's forward passes, times the
         local steps if the plan is epoch-level.
         """
-        decoded = RoundPlan.decode(plan)
-        weights = ModelMessage.decode(model).weights
-        if weights.shape != (self.runtime.layout.n,) or decoded.weights_digest != weights_digest(
-            weights, self.runtime.layout, self.runtime.frozen_digest
-        ):
+        return self.answer_to(Download(plan, model))
+
+    def answer_to(self, download: Download) -> bytes:
+        """``answer`` where plan and model are decoded already, for another client of this process."""
+        plan, weights = download.plan, download.weights
+        if not download.fits(self.runtime):
             raise DigestMismatchError(
-                f"client {self.name}: the weights at hand are not those of round {decoded.round}'s plan: "
+                f"client {self.name}: the weights at hand are not those of round {plan.round}'s plan: "
                 "ask the server for the model"
             )
         self.observed = Observation()
-        if decoded.local is not None:
-            values = self._train(decoded, decoded.local, weights)
+        if plan.local is not None:
+            values = self._train(plan, plan.local, weights)
         else:
-            indices = self._indices(decoded.round, decoded.batch_size)
-            values = self._measure(decoded, weights, indices)
+            values = self._measure(plan, weights, self._indices(plan.round, plan.batch_size))
         with np.errstate(over="ignore"):
-            values = values.astype(np.float32)
+            values = values.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise LossError(
-                f"client {self.name}, round {decoded.round}: the answer is not finite: "
+                f"client {self.name}, round {plan.round}: the answer is not finite: "
                 "lower the learning rate, or check the data"
             )
-        return RoundResult(decoded.round, decoded.digest, len(self.samples), values).encode()
+        return RoundResult(plan.round, plan.digest, len(self.samples), values).encode()
 
     # -- batch-level --------------------------------------------------------------------------------
 
@@ -108,7 +137,7 @@ class Client:
             measured = self._budgeted(plan.estimator).slopes(self.runtime, weights, batch, plan.stream)
             self.observed = Observation(measured.loss, measured.forward_passes)
             return measured.slopes
-        gradient, loss = self._differentiable().gradient(weights, batch)
+        gradient, loss = self._backprop()(weights, batch)
         passes = plan.estimator.forward_passes if plan.fidelity == "law" else 0
         self.observed = Observation(loss, passes)
         return gradient
@@ -142,7 +171,7 @@ class Client:
                 gradient = estimator.gradient(measured.slopes, stream, self.runtime.layout)
                 loss, passes = measured.loss, passes + measured.forward_passes
             else:
-                gradient, loss = self._differentiable().gradient(weights, batch)
+                gradient, loss = self._backprop()(weights, batch)
                 if plan.fidelity == "law":
                     rng = law.generator(derive_seed(seed, "law", number))
                     gradient = law.sample_estimate(gradient, plan.estimator.directions, rng)
@@ -166,11 +195,13 @@ class Client:
             return estimator
         return replace(estimator, directions=self.max_directions)
 
-    def _differentiable(self) -> DifferentiableRuntime:
-        if not isinstance(self.runtime, DifferentiableRuntime):
+    def _backprop(self) -> Backprop:
+        # Not isinstance: that of a protocol evaluates every property, and one of them hashes a model.
+        gradient: Backprop | None = getattr(self.runtime, "gradient", None)
+        if gradient is None:
             raise ConfigError(f"client {self.name} can only infer: fidelity must be 'forward-only'")
         if self.max_directions is not None:
             raise ConfigError(
                 f"client {self.name} has its own K: only fidelity 'forward-only' honours max_directions"
             )
-        return self.runtime
+        return gradient

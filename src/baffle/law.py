@@ -23,16 +23,20 @@ def sample_estimate(
     """One draw of ĝ (n,) float32 given the true gradient (n,). Cost: O(n), whatever K is."""
     if directions < 1:
         raise ConfigError(f"K = {directions}: the number of directions is at least 1")
-    g = gradient.astype(np.float64)
-    norm = float(np.linalg.norm(g))
+    u = gradient.astype(np.float64)
+    norm = float(np.linalg.norm(u))
     if norm == 0.0:
         return np.zeros_like(gradient)
-    u = g / norm
+    u /= norm
     a = float(rng.chisquare(directions))
-    xi = rng.standard_normal(len(g))
-    across = xi - u * float(u @ xi)
-    estimate = (norm / directions) * (a * u + np.sqrt(a) * across)
-    result: NDArray[np.float32] = estimate.astype(np.float32)
+    xi = rng.standard_normal(len(u))
+    # The formula from the inside out, in place: of n = 3.5e6, fresh arrays cost as much as the draw.
+    xi -= u * float(u @ xi)
+    xi *= np.sqrt(a)
+    u *= a
+    u += xi
+    u *= norm / directions
+    result: NDArray[np.float32] = u.astype(np.float32)
     return result
 
 

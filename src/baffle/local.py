@@ -61,7 +61,9 @@ def clip_inf_norm(gradient: Vector, bound: float) -> Vector:
     It scales the whole vector, as the authors' code does (torch's ``clip_grad_norm_`` with the inf-norm).
     A gradient that is not finite comes back as it is.
     """
+    if bound <= 0:
+        return gradient
     largest = float(np.abs(gradient).max(initial=0.0))
-    if bound <= 0 or largest <= bound or not math.isfinite(largest):
+    if largest <= bound or not math.isfinite(largest):
         return gradient
     return gradient * np.float32(bound / largest)

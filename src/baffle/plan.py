@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
@@ -39,7 +40,7 @@ def weights_digest(weights: NDArray[np.float32], layout: Layout, frozen_digest: 
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         data = name.encode()
         h.update(struct.pack("<I", len(data)) + data + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
-    h.update(np.ascontiguousarray(weights, dtype="<f4").tobytes())
+    h.update(np.ascontiguousarray(weights, dtype="<f4").data)
     return h.digest()
 
 
@@ -67,8 +68,13 @@ class _Reader:
     def real(self) -> float:
         return float(self.unpack("d")[0])
 
-    def array(self, dtype: str, count: int) -> NDArray[np.floating]:
-        return np.frombuffer(self.take(np.dtype(dtype).itemsize * count), dtype=dtype)
+    def array(self, dtype: str, count: int) -> NDArray[Any]:
+        """A copy in this machine's byte order: in a message, numbers lie where they fall."""
+        form, start = np.dtype(dtype), self.at
+        if start + form.itemsize * count > len(self.data):
+            raise MessageError(f"message cut short at byte {len(self.data)}")
+        self.at += form.itemsize * count
+        return np.frombuffer(self.data, form, count, start).astype(form.newbyteorder("="))
 
     def end(self) -> None:
         if self.at != len(self.data):
@@ -168,12 +174,12 @@ class RoundPlan:
         """Whether answers are slopes (K_c ≤ K,); n numbers otherwise."""
         return self.fidelity == "forward-only" and self.local is None
 
-    @property
+    @cached_property
     def stream(self) -> Stream:
         """The words of this round's shared directions."""
         return Stream(self.seed, self.round)
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the encoded plan: answers name it."""
         return hashlib.sha256(self.encode()).digest()
@@ -256,7 +262,7 @@ class ModelMessage:
         with _decoding("a model"):
             values = r.array("<f4", r.integer("Q"))
             r.end()
-            return cls(values.astype(np.float32))
+            return cls(values)
 
 
 @dataclass(frozen=True)
@@ -291,7 +297,7 @@ class RoundResult:
             round_, digest, samples = r.integer("Q"), r.take(DIGEST_BYTES), r.integer("Q")
             values = r.array("<f4", r.integer("I"))
             r.end()
-            return cls(round_, digest, samples, values.astype(np.float32))
+            return cls(round_, digest, samples, values)
 
 
 @dataclass(frozen=True)
@@ -320,4 +326,4 @@ class RoundSum:
             round_ = r.integer("Q")
             values = r.array("<f8", r.integer("I"))
             r.end()
-            return cls(round_, values.astype(np.float64))
+            return cls(round_, values)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from baffle.client import Client
+from baffle.client import Client, Download
 from baffle.errors import ConfigError
 from baffle.plan import Fidelity, RoundPlan, RoundResult, RoundSum
 from baffle.server import Server
@@ -36,9 +36,7 @@ class RoundRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """The plain numbers, without plan and sum."""
-        plain = asdict(self)
-        del plain["plan"], plain["total"]
-        return plain
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "total")}
 
 
 def random_drops(probability: float, seed: int | bytes = 0) -> Drops:
@@ -65,8 +63,8 @@ def simulate(
     """Runs rounds until ``server.round == rounds``, and yields a record after each.
 
     ``cohort`` clients are drawn each round (all if None). ``drops(round, name)`` says which of them
-    vanish after measuring, before their answer arrives. Memory: one model and K·n·4 bytes, whatever the
-    number of clients, if they share a runtime.
+    vanish after measuring, before their answer arrives. Memory, whatever the number of clients: a few
+    models (the server's state, the message, the sum) and what the clients' runtime keeps, if they share it.
     """
     by_name = {client.name: client for client in clients}
     if not by_name or len(by_name) != len(clients):
@@ -78,21 +76,24 @@ def simulate(
         plan = server.plan()
         names = server.cohort(list(by_name), cohort)
         plan_bytes, model_bytes = plan.encode(), server.model().encode()
-        results: dict[str, RoundResult] = {}
+        download, tally = Download(plan_bytes, model_bytes), server.aggregator.open(plan)
+        stands_for = _bytes_of_slopes(plan)
         losses, weights, passes, up = [], [], 0, 0
         for name in names:
             client = by_name[name]
-            answer = client.answer(plan_bytes, model_bytes)
+            answer = client.answer_to(download)
             passes += client.observed.forward_passes
             if drops is not None and drops(plan.round, name):
                 continue
-            result = results[name] = RoundResult.decode(answer)
-            up += _bytes_up(plan, result, answer)
+            result = RoundResult.decode(answer)
+            tally.add(name, result)  # in the order of names, as the cohort is
+            up += stands_for or len(answer)
             losses.append(client.observed.loss)
             weights.append(result.samples)
         total = None
-        if results:
-            total = server.step(results)
+        if weights:
+            total = tally.close()
+            server.apply(total)
         else:
             server.skip()
         yield RoundRecord(
@@ -100,7 +101,7 @@ def simulate(
             fidelity=plan.fidelity,
             loss=float(np.average(losses, weights=weights)) if losses else float("nan"),
             participants=len(names),
-            dropped=len(names) - len(results),
+            dropped=len(names) - len(weights),
             forward_passes=passes,
             bytes_down=len(names) * (len(plan_bytes) + len(model_bytes)),
             bytes_up=up,
@@ -110,9 +111,9 @@ def simulate(
         )
 
 
-def _bytes_up(plan: RoundPlan, result: RoundResult, answer: bytes) -> int:
-    """Length of the answer; for the law, of the K slopes that it stands for."""
-    if plan.fidelity == "law" and plan.local is None:
-        slopes = np.zeros(plan.estimator.directions, dtype=np.float32)
-        return len(RoundResult(plan.round, plan.digest, result.samples, slopes).encode())
-    return len(answer)
+def _bytes_of_slopes(plan: RoundPlan) -> int | None:
+    """By the law, a client's gradient stands for an answer of K slopes: the length of that one."""
+    if plan.fidelity != "law" or plan.local is not None:
+        return None
+    slopes = np.zeros(plan.estimator.directions, dtype=np.float32)
+    return len(RoundResult(plan.round, plan.digest, 1, slopes).encode())
