@@ -30,13 +30,10 @@ def split_frozen_prefix(module: nn.Module) -> Prefix | None:
     """The cut, or None where there is nothing to gain or the module cannot be traced."""
     if all(p.requires_grad for p in module.parameters()):
         return None
-    try:
-        # Tracing runs the module's own code, which may set attributes: on a copy that shares all tensors.
-        tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
-        stand_in = copy.deepcopy(module, tensors)
-        graph = _Tracer().trace(stand_in)
-    except Exception:  # data-dependent control flow: fx raises many types, and running whole is right
+    found = traced(module)
+    if found is None:
         return None
+    stand_in, graph = found
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1 or any(node.op == "output" and node.kwargs for node in graph.nodes):
         return None
@@ -74,6 +71,17 @@ def split_frozen_prefix(module: nn.Module) -> Prefix | None:
     targets = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     root = {target: _attribute(module, target, stand_in) for target in targets}
     return Prefix(fx.GraphModule(root, before), fx.GraphModule(root, after), single)
+
+
+def traced(module: nn.Module) -> tuple[nn.Module, fx.Graph] | None:
+    """A structural copy of the module and its graph; None where it cannot be traced."""
+    try:
+        # Tracing runs the module's own code, which may set attributes: on a copy that shares all tensors.
+        tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        stand_in = copy.deepcopy(module, tensors)
+        return stand_in, _Tracer().trace(stand_in)
+    except Exception:  # data-dependent control flow: fx raises many types, and running whole is right
+        return None
 
 
 class _Tracer(fx.Tracer):
