@@ -13,20 +13,26 @@ made alone. Normative definitions are in the class docstrings; ``docs/spec.md`` 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from baffle import kernels
 from baffle.errors import BaffleError, ConfigError
 from baffle.stream import NUMPY, Arrays, Stream
 
+if TYPE_CHECKING:
+    from baffle.kernels.directions import Kernel
+
 _TABLE_SHA256 = "678d9111986cea3b4d19f88b1b19148343cade0f1d986c1390c8118f0a4f4007"
 _GRID = 2.0**-12
+_WORTH_A_KERNEL = 1 << 12  # values; fewer are made before a kernel is loaded
 
 
 @dataclass(frozen=True)
@@ -83,18 +89,38 @@ class Perturbation(Protocol):
         ...
 
     def values(
-        self, stream: Stream, k: int, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
+        self, stream: Stream, k: int | range, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
     ) -> Any:
         """z_k[start:stop] as float32 (stop − start,), an array of the library behind ``arrays``.
 
+        Several directions at once, those of a ``range``, are the rows of an array (len(k), stop − start).
         Raises ConfigError where the slice leaves the layout or the stream.
         """
         ...
 
 
-def _check_slice(layout: Layout, start: int, stop: int) -> None:
-    if not 0 <= start <= stop <= layout.n:
-        raise ConfigError(f"the slice [{start}, {stop}) leaves the layout's {layout.n} parameters")
+class _Portable:
+    """``values`` by a compiled kernel where NumPy arrays are wanted and it pays, by ``plain`` elsewhere."""
+
+    def values(
+        self, stream: Stream, k: int | range, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
+    ) -> Any:
+        if not 0 <= start <= stop <= layout.n:
+            raise ConfigError(f"the slice [{start}, {stop}) leaves the layout's {layout.n} parameters")
+        directions = k if isinstance(k, range) else range(k, k + 1)
+        worth = arrays is NUMPY and (stop - start) * len(directions) >= _WORTH_A_KERNEL
+        kernel = compiled(self, layout) if worth else None
+        if kernel is None:
+            return self.plain(stream, k, layout, start, stop, arrays)
+        stream.check(directions, 0, 0)
+        rows = kernel.values(stream.key, directions, start, stop)
+        return rows if isinstance(k, range) else rows[0]
+
+    def plain(
+        self, stream: Stream, k: int | range, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
+    ) -> Any:
+        """``values`` by array operations alone, a checked slice; about 20 bytes of memory a value."""
+        raise NotImplementedError
 
 
 @lru_cache(maxsize=1)
@@ -110,21 +136,21 @@ def gaussian_table() -> NDArray[np.int64]:
     return np.concatenate([half, -half])
 
 
-def _halfwords(stream: Stream, k: int, start: int, stop: int, arrays: Arrays) -> Any:
-    """Half-words [start, stop) of direction k, low half of each word first: int64 below 2¹⁶."""
-    first = start // 8
-    lanes = stream.blocks(k, first, -(-stop // 8), arrays)
-    halves = [half for lane in lanes for half in (lane & 0xFFFF, lane >> 16)]
-    return arrays.interleave(halves)[start - 8 * first : stop - 8 * first]
-
-
 @lru_cache(maxsize=1)
 def _gaussian_floats() -> NDArray[np.float32]:
     return (gaussian_table() * _GRID).astype(np.float32)
 
 
+def _gaussian(stream: Stream, k: int | range, start: int, stop: int, arrays: Arrays) -> Any:
+    """The table's values at half-words [start, stop): float32, exactly g·2⁻¹²."""
+    table = arrays.constant("gaussian", _gaussian_floats())
+    first = start // 8
+    halves = arrays.halves(stream.blocks(k, first, -(-stop // 8), arrays))
+    return table[halves[..., start - 8 * first : stop - 8 * first]]
+
+
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(_Portable):
     """Standard normal values, 16 stream bits each (the paper's perturbation, Eq. 5).
 
     Value i of direction k looks up half-word ``i`` of the stream: u = word[i div 2] >> 16·(i mod 2)
@@ -137,35 +163,30 @@ class Gaussian:
     def spec(self) -> str:
         return "gaussian"
 
-    def values(
-        self, stream: Stream, k: int, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
+    def plain(
+        self, stream: Stream, k: int | range, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
     ) -> Any:
-        _check_slice(layout, start, stop)
-        table = arrays.constant("gaussian", _gaussian_floats())
-        return table[_halfwords(stream, k, start, stop, arrays)]
+        return _gaussian(stream, k, start, stop, arrays)
 
 
 @dataclass(frozen=True)
-class Rademacher:
+class Rademacher(_Portable):
     """±1 with equal chance, one stream bit a value: +1 where bit ``i mod 32`` of word ``i div 32`` is 0."""
 
     @property
     def spec(self) -> str:
         return "rademacher"
 
-    def values(
-        self, stream: Stream, k: int, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
+    def plain(
+        self, stream: Stream, k: int | range, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
     ) -> Any:
-        _check_slice(layout, start, stop)
         first = start // 128
-        lanes = stream.blocks(k, first, -(-stop // 128), arrays)
-        bits = [lane >> b & 1 for lane in lanes for b in range(32)]
-        chosen = arrays.interleave(bits)[start - 128 * first : stop - 128 * first]
-        return arrays.float32(1 - 2 * chosen)
+        bits = arrays.bits(stream.blocks(k, first, -(-stop // 128), arrays))
+        return 1 - 2 * arrays.float32(bits[..., start - 128 * first : stop - 128 * first])
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_Portable):
     """δ = A Bᵀ/√r on every tensor of two or more dimensions, so that E[z zᵀ] = I; Gaussian elsewhere.
 
     A tensor of shape (o, ...) counts as a matrix (o, m). Direction k first takes, tensor by tensor, the
@@ -185,41 +206,66 @@ class LowRank:
     def spec(self) -> str:
         return f"lowrank:{self.rank}"
 
-    def values(
-        self, stream: Stream, k: int, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
+    def tensors(self, layout: Layout) -> list[tuple[int, int, int, int]]:
+        """Of each tensor: its offset in the vector, rows, columns, and the first half-word of its factors.
+
+        A vector has 0 rows and its size as columns. Last comes the end of vector and stream.
+        """
+        found, position = [], 0
+        for offset, shape, size in zip(layout.offsets, layout.shapes, layout.sizes, strict=False):
+            rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else (0, size)
+            found.append((offset, rows, columns, position))
+            position += (rows + columns) * self.rank if rows else columns
+        return [*found, (layout.n, 0, 0, position)]
+
+    def plain(
+        self, stream: Stream, k: int | range, layout: Layout, start: int, stop: int, arrays: Arrays = NUMPY
     ) -> Any:
-        _check_slice(layout, start, stop)
-        out = arrays.empty(stop - start)
-        table = arrays.constant("gaussian integers", gaussian_table())
+        r = self.rank
+        lead = (len(k),) if isinstance(k, range) else ()
+        out = arrays.empty((*lead, stop - start))
 
         def factor(first: int, last: int) -> Any:
-            return arrays.float64(table[_halfwords(stream, k, first, last, arrays)])
+            return arrays.float64(_gaussian(stream, k, first, last, arrays)).reshape(*lead, -1, r)
 
-        r = self.rank
-        offset = position = 0  # of the tensor in the flat vector; of its factors in the stream
-        for shape, size in zip(layout.shapes, layout.sizes, strict=True):
-            a, b = max(start, offset), min(stop, offset + size)
-            if len(shape) < 2:
-                if a < b:
-                    q = factor(position + a - offset, position + b - offset)
-                    out[a - start : b - start] = arrays.float32(q * _GRID)
-                position += size
+        for (offset, rows, columns, position), after in itertools.pairwise(self.tensors(layout)):
+            a, b = max(start, offset), min(stop, after[0])
+            if a >= b:
+                continue
+            if rows == 0:
+                part = _gaussian(stream, k, position + a - offset, position + b - offset, arrays)
             else:
-                rows, columns = shape[0], math.prod(shape[1:])
-                if a < b:
-                    top, bottom = (a - offset) // columns, -(-(b - offset) // columns)
-                    left = factor(position + top * r, position + bottom * r).reshape(-1, r)
-                    right_at = position + rows * r
-                    right = factor(right_at, right_at + columns * r).reshape(-1, r)
-                    # Every partial sum is an integer below 2⁵³: exact in float64, in any order. Adding 0.0
-                    # makes −0, which some libraries' products return for an integer zero, the +0 of S = 0.
-                    scale = _GRID * _GRID * (1.0 / math.sqrt(r))
-                    block = arrays.float32(left @ right.T * scale + 0.0).reshape(-1)
-                    skip = a - offset - top * columns
-                    out[a - start : b - start] = block[skip : skip + b - a]
-                position += (rows + columns) * r
-            offset += size
+                top, bottom = (a - offset) // columns, -(-(b - offset) // columns)
+                left = factor(position + top * r, position + bottom * r)
+                right = factor(position + rows * r, position + (rows + columns) * r).swapaxes(-1, -2)
+                # Every partial sum is a multiple of 2⁻²⁴ below 2²⁹: exact in float64, in any order. Adding
+                # 0.0 makes −0, which some libraries' products return for zero, the +0 of S = 0.
+                entries = arrays.float32(left @ right * (1.0 / math.sqrt(r)) + 0.0)
+                skip = a - offset - top * columns
+                part = entries.reshape(*lead, -1)[..., skip : skip + b - a]
+            out[..., a - start : b - start] = part
         return out
+
+
+def compiled(perturbation: object, layout: Layout) -> Kernel | None:
+    """What makes the same values in NumPy, sooner; None where there is no such kernel."""
+    if not isinstance(perturbation, Gaussian | Rademacher | LowRank) or not kernels.available():
+        return None
+    return _kernel(perturbation, layout)
+
+
+@lru_cache(maxsize=8)
+def _kernel(perturbation: Gaussian | Rademacher | LowRank, layout: Layout) -> Kernel | None:
+    from baffle.kernels import directions
+
+    if isinstance(perturbation, Rademacher):
+        return directions.rademacher() if layout.n <= 1 << 39 else None
+    if isinstance(perturbation, Gaussian):
+        return directions.gaussian(gaussian_table()) if layout.n <= 1 << 35 else None
+    *tensors, end = perturbation.tensors(layout)
+    if perturbation.rank > directions.MOST_RANK or end[-1] > 1 << 35:
+        return None
+    return directions.low_rank(gaussian_table(), np.array(tensors, np.int64), perturbation.rank)
 
 
 def perturbation_from_spec(spec: str) -> Perturbation:

@@ -40,8 +40,11 @@ class Arrays(Protocol):
     def arange(self, start: int, stop: int) -> Any:
         """int64 (stop − start,)."""
 
-    def interleave(self, columns: list[Any]) -> Any:
-        """Columns of shape (m,) → one array (m·len(columns),), row after row."""
+    def halves(self, lanes: Lanes) -> Any:
+        """Lanes (..., m) → the half-words of m blocks in order, as indices (..., 8m); −j means 2¹⁶ − j."""
+
+    def bits(self, lanes: Lanes) -> Any:
+        """Lanes (..., m) → the bits of m blocks in order (..., 128m), the lowest of a word first."""
 
     def constant(self, name: str, values: NDArray[Any]) -> Any:
         """``values`` as this library's array; kept under ``name``: a table, always the same one."""
@@ -55,8 +58,8 @@ class Arrays(Protocol):
     def float64(self, array: Any) -> Any:
         """The array in float64."""
 
-    def empty(self, length: int) -> Any:
-        """An uninitialised float32 array (length,)."""
+    def empty(self, shape: tuple[int, ...]) -> Any:
+        """An uninitialised float32 array."""
 
 
 class NumpyArrays:
@@ -65,8 +68,18 @@ class NumpyArrays:
     def arange(self, start: int, stop: int) -> NDArray[np.int64]:
         return np.arange(start, stop, dtype=np.int64)
 
-    def interleave(self, columns: list[Any]) -> Any:
-        return np.stack(columns, axis=1).reshape(-1)
+    def words(self, lanes: Lanes) -> NDArray[np.uint32]:
+        """Lanes (..., m) of m blocks → their words in order, little-endian (..., 4m)."""
+        words = np.empty((*lanes[0].shape, 4), dtype="<u4")
+        for j, lane in enumerate(lanes):
+            words[..., j] = lane
+        return words.reshape(*lanes[0].shape[:-1], -1)
+
+    def halves(self, lanes: Lanes) -> NDArray[np.uint16]:
+        return self.words(lanes).view("<u2")
+
+    def bits(self, lanes: Lanes) -> NDArray[np.uint8]:
+        return np.unpackbits(self.words(lanes).view(np.uint8), axis=-1, bitorder="little")
 
     def constant(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         return values
@@ -80,8 +93,8 @@ class NumpyArrays:
     def float64(self, array: Any) -> Any:
         return array.astype(np.float64, copy=False)
 
-    def empty(self, length: int) -> Any:
-        return np.empty(length, dtype=np.float32)
+    def empty(self, shape: tuple[int, ...]) -> Any:
+        return np.empty(shape, dtype=np.float32)
 
 
 NUMPY = NumpyArrays()
@@ -151,12 +164,26 @@ class Stream:
         digest = hashlib.sha256(b"baffle stream v1" + self.seed + struct.pack("<Q", self.round)).digest()
         object.__setattr__(self, "_hash", struct.unpack("<8I", digest))
 
-    def blocks(self, k: int, start: int, stop: int, arrays: Arrays = NUMPY) -> Lanes:
-        """Blocks [start, stop) of direction k: four int64 arrays (stop − start,), lane j = word 4b + j."""
-        if not (0 <= k < 1 << 32 and 0 <= start <= stop <= 1 << 32):
-            raise ConfigError(f"direction {k}, blocks [{start}, {stop}) lie outside the stream")
+    @property
+    def key(self) -> tuple[int, ...]:
+        """(h0, h1, h2, h3): all that the words of a direction depend on."""
+        return self._hash[:4]
+
+    def blocks(self, k: int | range, start: int, stop: int, arrays: Arrays = NUMPY) -> Lanes:
+        """Blocks [start, stop) of direction k: four int64 arrays (stop − start,), lane j = word 4b + j.
+
+        Of several directions at once: (len(k), stop − start). ConfigError outside the stream.
+        """
+        self.check(k, start, stop)
         h = self._hash
-        return philox4x32((arrays.arange(start, stop), k, h[2], h[3]), (h[0], h[1]))
+        c1 = arrays.arange(0, len(k))[:, None] * k.step + k.start if isinstance(k, range) else k
+        return philox4x32((arrays.arange(start, stop), c1, h[2], h[3]), (h[0], h[1]))
+
+    def check(self, k: int | range, start: int, stop: int) -> None:
+        """ConfigError unless direction k (or each of several) has the blocks [start, stop)."""
+        ends = [*k[:1], *k[-1:]] if isinstance(k, range) else [k]
+        if not (all(0 <= end < 1 << 32 for end in ends) and 0 <= start <= stop <= 1 << 32):
+            raise ConfigError(f"direction {k}, blocks [{start}, {stop}) lie outside the stream")
 
     def words(self, k: int, start: int, stop: int) -> NDArray[np.uint32]:
         """Words [start, stop) of direction k: uint32 (stop − start,). ConfigError outside the stream."""
@@ -164,9 +191,8 @@ class Stream:
             raise ConfigError(f"words [{start}, {stop}) lie outside the stream")
         first = start // 4
         lanes = self.blocks(k, first, -(-stop // 4))
-        flat = NUMPY.interleave(list(lanes))
-        words: NDArray[np.uint32] = flat[start - 4 * first : stop - 4 * first].astype(np.uint32)
-        return words
+        words = NUMPY.words(lanes)[start - 4 * first : stop - 4 * first]
+        return words.astype(np.uint32, copy=False)
 
     def uniform64(self, k: int, count: int) -> NDArray[np.uint64]:
         """The first ``count`` 64-bit integers of direction k (words 2i and 2i+1, low half first)."""

@@ -23,7 +23,7 @@ from baffle.errors import ConfigError, PrecisionError
 from baffle.perturbations import Layout, Perturbation
 from baffle.runtimes import Batch
 from baffle.runtimes.prefix import split_frozen_prefix
-from baffle.stream import NUMPY, Arrays, Stream
+from baffle.stream import NUMPY, Arrays, Lanes, Stream
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -52,8 +52,17 @@ class TorchArrays:
     def arange(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, dtype=torch.int64, device=self.device)
 
-    def interleave(self, columns: list[Tensor]) -> Tensor:
-        return torch.stack(columns, dim=1).reshape(-1)
+    def _pairs(self, lanes: Lanes) -> Tensor:
+        """The words of blocks in order, two to an int64: (..., m, 2)."""
+        c0, c1, c2, c3 = lanes
+        return torch.stack((c0 | c1 << 32, c2 | c3 << 32), dim=-1)
+
+    def halves(self, lanes: Lanes) -> Tensor:
+        return self._pairs(lanes).view(torch.int16).flatten(-2).long()
+
+    def bits(self, lanes: Lanes) -> Tensor:
+        words = self._pairs(lanes).view(torch.int32).unsqueeze(-1)
+        return (words >> torch.arange(32, dtype=torch.int32, device=self.device) & 1).flatten(-3)
 
     def constant(self, name: str, values: NDArray[Any]) -> Tensor:
         if name not in self._constants:
@@ -69,8 +78,8 @@ class TorchArrays:
     def float64(self, array: Tensor) -> Tensor:
         return array.to(torch.float64)
 
-    def empty(self, length: int) -> Tensor:
-        return torch.empty(length, dtype=torch.float32, device=self.device)
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 
 class TorchRuntime:
