@@ -1,9 +1,11 @@
 # make demo   install, then train a network in a federation of ten clients without a backward pass
 # make test   install, then lint, type-check and test
+# make bench  install, then measure the engine against its yardsticks (a quarter of an hour);
+#             bench-check says which ratios fall short of their aims, scale draws the curves
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-check scale clean
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -12,6 +14,10 @@ BIN := .venv/bin
 
 .venv/.dev: .venv/.demo
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.bench: .venv/.demo
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[onnx]'
 	touch $@
 
 demo: .venv/.demo
@@ -28,6 +34,17 @@ format: .venv/.dev
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench: .venv/.bench
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/report.py
+
+bench-check: .venv/.bench
+	$(BIN)/python benchmarks/bench.py --read --check
+
+scale: .venv/.bench
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

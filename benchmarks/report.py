@@ -1,7 +1,7 @@
 """Prints the committed results into the documents: `python benchmarks/report.py` (`--check` only compares).
 
-A block between `<!-- NAME -->` and `<!-- /NAME -->` in README.md or docs/results.md is made again from
-benchmarks/results/NAME.json, so that no figure in them is typed by hand.
+A block between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md or docs/performance.md is
+made again from benchmarks/results/NAME.json (of `a:b`, from a.json), so that no figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import bench
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
 
 Row = dict[str, Any]
 
@@ -123,12 +125,104 @@ def search(result: Row) -> list[str]:
     ]
 
 
+def performance(result: Row) -> list[str]:
+    rows = [line[1:] for line in bench.table(result["cells"])]
+    heads = ("ratio within one run", "measured", "quartiles", "aim", "")
+    return [*table(heads, rows), "", f"`make bench`. {measured_on(result['cells'])}"]
+
+
+LIMITS = {
+    "sgemm_gflops": "square float32 product, GFLOP/s",
+    "conv_gflops": "3×3 convolution, 64 channels, 32×32, batch 32, GFLOP/s",
+    "copy_gb_s": "copy, GB/s read and written",
+    "torch_randn_m_s": "torch.randn, 10⁶ values/s",
+    "numpy_normal_m_s": "NumPy's normal values, 10⁶/s",
+    "numpy_words_m_s": "NumPy's words, 10⁶/s",
+    "philox_words_m_s": "the stream's words, 10⁶/s",
+    "gaussian_m_s": "`Gaussian` values, 10⁶/s",
+}
+
+
+def performance_limits(result: Row) -> list[str]:
+    cells = {name: cell for name, cell in result["cells"].items() if name.startswith("limits")}
+    if not cells:
+        return ["Not measured yet."]
+    rows = [
+        (
+            words,
+            *(
+                bench.shown(cell["figures"][key]) if key in cell["figures"] else "–"
+                for cell in cells.values()
+            ),
+        )
+        for key, words in LIMITS.items()
+    ]
+    heads = ("the machine's limits", *(name.removeprefix("limits, ") for name in cells))
+    return [*table(heads, rows), "", f"`python benchmarks/bench.py --only 0`. {measured_on(cells)}"]
+
+
+def performance_seconds(result: Row) -> list[str]:
+    """Milliseconds a forward pass or direction, of what the ratios of item 1 are made from."""
+    rows = []
+    for name, cell in result["cells"].items():
+        if bench.CELLS[name].item == 1:
+            seconds = cell["seconds"]
+            passes = {"engine": cell["K"] + 1, "backprop": 1}
+            rows.append(
+                (
+                    name,
+                    *(
+                        f"{1e3 * seconds[kind]['median'] / passes.get(kind, cell['short'] + 1):.2f}"
+                        if kind in seconds
+                        else "–"
+                        for kind in ("engine", "reference", "eager", "eager_nhwc", "onnx", "backprop")
+                    ),
+                )
+            )
+    heads = ("ms a pass", "engine", "reference loop", "eager", "eager, NHWC", "ONNX Runtime", "backprop")
+    return [*table(heads, rows), "", "Medians; the engine's and the reference loop's with their gradient."]
+
+
+def scale(result: Row) -> list[str]:
+    rows = [
+        (
+            axis,
+            f"{point[axis]:,}",
+            f"{point['seconds']:.3g}",
+            f"{point['extra_mb']:.3g}",
+            f"{point['before_mb']:.0f}",
+        )
+        for axis, curve in result["curves"].items()
+        for point in curve["points"]
+    ]
+    heads = ("axis", "at", "seconds", "peak memory beyond the start, MB", "at the start, MB")
+    return [*table(heads, rows), "", f"`make scale`. {measured_on(result['curves'])}"]
+
+
+def measured_on(cells: Row) -> str:
+    """Machine, versions, dates and commits of cells that may have been measured on different days."""
+    if not cells:
+        return "Nothing is measured yet."
+    lines = {machine(cell) + packages(cell) for cell in cells.values()}
+    commits = ", ".join(sorted({cell["commit"] for cell in cells.values()}))
+    return " ".join(sorted(lines)) + f" Commits: {commits}."
+
+
+def packages(cell: Row) -> str:
+    versions = cell["machine"]["versions"]
+    return "".join(f" {name} {versions[name]}." for name in ("numba", "onnxruntime") if name in versions)
+
+
 BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "demo": demo,
     "mnist-table": mnist_table,
     "mnist-confirm": mnist_confirm,
     "mnist-preset": mnist_preset,
     "search": search,
+    "performance": performance,
+    "performance:limits": performance_limits,
+    "performance:seconds": performance_seconds,
+    "scale": scale,
 }
 
 
@@ -159,7 +253,7 @@ def rendered(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
-        file = RESULTS / f"{name}.json"
+        file = RESULTS / f"{name.split(':')[0]}.json"
         lines = BLOCKS[name](json.loads(file.read_text())) if file.exists() else ["Not measured yet."]
         return "\n".join([f"<!-- {name} -->", *lines, f"<!-- /{name} -->"])
 

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench  # noqa: E402
 import cells  # noqa: E402
+import measurements  # noqa: E402
 import report  # noqa: E402
+import scale  # noqa: E402
+import yardsticks  # noqa: E402
 
 TINY = {"data": "digits", "model": "mlp", "clients": 3, "rounds": 4, "directions": 3, "evaluate_every": 2}
 
@@ -103,3 +108,182 @@ def test_committed_results_name_their_machine_and_no_path(file):
     assert printed["processor"]
     assert printed["versions"]["torch"]
     assert "/home" not in text
+
+
+# The table of ratios
+
+
+def test_every_cell_of_the_bench_runs_and_fills_its_rows():
+    cells = {name: bench.measure(name, quick=True) for name in bench.CELLS}
+    json.dumps(cells)
+    lacking = {row.words for row in bench.ROWS if bench.value(cells, row) is None}
+    # Two threads where the quick slice has one, no memory to speak of, and what an extra brings.
+    allowed = {row.words for row in bench.ROWS if "on two" in row.words or "K = 50" in row.words}
+    if not yardsticks.onnx_available():
+        allowed |= {row.words for row in bench.ROWS if "ONNX" in row.words}
+    assert lacking <= allowed
+    for name in ("performance", "performance:limits", "performance:seconds"):
+        stamped = {cell: {**found, **STAMP} for cell, found in cells.items()}
+        assert report.BLOCKS[name]({"cells": stamped})[0].startswith("|")
+
+
+STAMP = {"commit": "0000000", "machine": bench.machine()}
+
+
+def made_up(ratio):
+    """Cells in which every figure is ``ratio``."""
+    cells = {name: {"figures": {}} for name in bench.CELLS}
+    for row in bench.ROWS:
+        if row.cell != "derived":
+            cells[row.cell]["figures"][row.figure] = {"median": ratio, "low": 0, "high": 9, "of_minima": 1}
+    for name in ("1 core", "2 cores"):
+        cells[f"reconstruction, {name}"]["digest"] = "a"
+    for name in ("a tenth of K", "K"):
+        cells[f"memory of {name}"]["figures"]["extra, MB"] = ratio
+    return cells
+
+
+def test_the_check_names_each_row_that_falls_short():
+    cells = made_up(1000.0)
+    low_is_good = [row for row in bench.ROWS if row.at_most is not None and row.cell != "derived"]
+    assert bench.shortfalls(cells) == [
+        f"short: {row.words}: 1,000, at most {row.at_most:g} was the aim" for row in low_is_good
+    ]
+    cells = made_up(0.01)
+    high_is_good = [row for row in bench.ROWS if row.at_least is not None and row.cell != "derived"]
+    assert bench.shortfalls(cells) == [
+        f"short: {row.words}: 0.01, at least {row.at_least:g} was the aim" for row in high_is_good
+    ]
+
+
+def test_a_row_on_its_bound_has_reached_it():
+    row = next(row for row in bench.ROWS if row.at_least == 2.5)
+    cells = {row.cell: {"figures": {row.figure: {"median": 2.5}}}}
+    assert row.verdict(cells) == "reached"
+    cells[row.cell]["figures"][row.figure]["median"] = 2.4999
+    assert row.verdict(cells) == "short"
+
+
+def test_the_check_sees_other_bits_and_growing_memory():
+    cells = made_up(0.01)
+    cells["reconstruction, 2 cores"]["digest"] = "b"
+    cells["memory of K"]["figures"]["extra, MB"] = 0.02
+    assert {line.split(":")[1].strip() for line in bench.shortfalls(cells)} >= {
+        "Same bits on one core and on two (1",
+        "Extra memory at K = 500 / at K = 50",
+    }
+
+
+def test_only_what_a_gpu_is_needed_for_may_go_unmeasured():
+    unmeasured = bench.shortfalls({})
+    assert len(unmeasured) == sum(not row.optional for row in bench.ROWS)
+    assert not any("GPU" in line for line in unmeasured)
+
+
+def test_a_cell_in_its_own_process_has_the_cores_it_names(tmp_path):
+    script = tmp_path / "cores.py"
+    script.write_text(
+        "import json, os\n"
+        "print('chatter')\n"
+        "print(json.dumps([len(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS']]))\n"
+    )
+    assert bench.apart(str(script), cores=1) == [1, "1"]
+    assert bench.apart(str(script), cores=1 << 20) is None
+
+
+@pytest.mark.parametrize("arguments", [["--check"], []])
+def test_bench_check_judges_what_is_kept_and_measures_nothing(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(bench, "FILE", tmp_path / "performance.json")
+    monkeypatch.setattr(bench, "apart", lambda *_, **__: pytest.fail("measured"))
+    bench.keep(made_up(1000.0))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--read", *arguments])
+    assert bench.main() == len(arguments)
+    assert "at most 1.25 was the aim" in capsys.readouterr().out
+
+
+def test_items_can_be_measured_again_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "FILE", tmp_path / "results" / "performance.json")
+    bench.FILE.parent.mkdir()
+    bench.keep(made_up(1.0))
+    asked = []
+    monkeypatch.setattr(bench, "apart", lambda *words, cores: asked.append(words[-1]) or {"figures": {}})
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "3"])
+    bench.main()
+    assert asked == ["perturbations, 1 core"]
+    kept = bench.read()
+    assert "commit" in kept["perturbations, 1 core"]
+    assert kept["LeNet, 1 core"] == made_up(1.0)["LeNet, 1 core"]
+
+
+def test_ratios_are_medians_of_quotients_within_a_turn():
+    turns = measurements.Turns({}, 0)
+    turns.seconds = {"a": [1.0, 20.0, 3.0], "b": [2.0, 10.0, 2.0]}
+    assert turns.ratio("a", "b") == {"median": 1.5, "low": 1.0, "high": 1.75, "of_minima": 0.5}
+    assert turns.ratio("a", "b", 2.0)["median"] == 3.0
+    assert turns.quickest("a", "b") == "b"
+
+
+def test_candidates_take_turns_after_one_warm_up():
+    calls = []
+    turns = measurements.Turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert "".join(calls) == "ab" * 4
+    assert [len(seconds) for seconds in turns.seconds.values()] == [3, 3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be reset here")
+def test_extra_memory_is_the_peak_of_the_run_alone():
+    np.ones(30_000_000)  # an earlier peak, freed
+    _, extra = measurements.extra_memory(lambda: np.ones(5_000_000))
+    assert 39e6 <= extra < 60e6  # the kernel counts pages in lots
+
+
+# The yardsticks
+
+
+def test_the_reference_loop_is_steins_estimate():
+    """Against autograd: per coordinate, the error over K directions has the variance (|g|² + g_i²)/K."""
+    module = torch.nn.Linear(4, 3)
+    module.weight.requires_grad_(True)
+    module.bias.requires_grad_(False)
+    rng = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(8, 4, generator=rng), torch.randint(3, (8,), generator=rng)
+    before = module.weight.detach().clone()
+    torch.manual_seed(0)
+    found = yardsticks.reference_loop(module, inputs, targets, 3000, sigma=1e-2)
+    assert list(found) == ["weight"]
+    torch.testing.assert_close(module.weight.detach(), before, rtol=0, atol=1e-5)
+    module.load_state_dict({"weight": before, "bias": module.bias})
+    (exact,) = yardsticks.backprop(module, inputs, targets)
+    error = (exact.norm() ** 2 + exact**2).div(3000).sqrt()
+    assert ((found["weight"] - exact) / error).abs().max() < 4.5
+    assert exact.norm() > 20 * error.max()
+
+
+@pytest.mark.skipif(not yardsticks.onnx_available(), reason="onnxruntime is not installed")
+@pytest.mark.parametrize("name", ["lenet", "wrn-10-2"])
+def test_both_plain_inferences_are_the_same_network(name):
+    module = measurements.build(name)
+    inputs = torch.as_tensor(measurements.images(2, 1 if name == "lenet" else 3, 32).inputs)
+    outputs = yardsticks.onnx_inference(module, inputs, 1)(2)
+    np.testing.assert_allclose(outputs, yardsticks.plain_inference(module, inputs, 2), rtol=1e-4, atol=1e-5)
+
+
+# The curves
+
+
+@pytest.mark.parametrize("axis", scale.CURVES)
+def test_a_point_of_each_curve(axis):
+    point = 2000 if axis == "n" else 2
+    found = scale.measure(axis, point, patience=0.0)
+    assert found["runs"] == 1
+    assert found["seconds"] > 0
+    assert found[axis] == pytest.approx(point, rel=0.1)
+
+
+def test_curves_are_drawn_and_printed(tmp_path):
+    row = {"seconds": 1.0, "runs": 1, "before_mb": 10.0, "extra_mb": 0.0}
+    curves = {axis: {"points": [{axis: at, **row} for at in (1, 10)], **STAMP} for axis in scale.CURVES}
+    scale.draw(curves, tmp_path / "all.png")
+    scale.draw({}, tmp_path / "none.png")
+    assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(report.BLOCKS["scale"]({"curves": curves})) == 2 + 2 * len(scale.CURVES) + 2
