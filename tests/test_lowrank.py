@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from baffle.models import MobileNetV2, WideResNet, build
 from baffle.perturbations import Layout, LowRank
-from baffle.runtimes.lowrank import factor_count, factors, numbers_of, shared_weight_losses
+from baffle.runtimes.lowrank import factor_numbers, factors, shared_weight_losses
 from baffle.runtimes.torch import TorchArrays, cross_entropy
-from baffle.stream import Stream, seed_from
+from baffle.stream import NUMPY, Stream, seed_from
 
 STREAM = Stream(seed_from(5), 3)
 EPS = 2.0**-24  # float32's unit roundoff
@@ -69,7 +69,7 @@ class Measured:
 
         with torch.inference_mode():
             return shared_weight_losses(
-                per_sample, self.origin, STREAM, rank, self.layout, directions, scale, **options
+                per_sample, self.origin, STREAM, LowRank(rank), self.layout, directions, scale, **options
             )
 
     def z(self, rank: int, k: int) -> NDArray[np.float64]:
@@ -101,13 +101,13 @@ MIXED = Layout(("m", "v", "c", "s", "e"), ((5, 7), (6,), (3, 2, 3, 3), (), (4, 0
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 7])
-@pytest.mark.parametrize("arrays", [None, TorchArrays()], ids=["numpy", "torch"])
-def test_factors_give_the_normative_values_bit_for_bit(rank, arrays):
-    options = {} if arrays is None else {"arrays": arrays}
-    numbers = numbers_of(STREAM, [0, 7], factor_count(MIXED, rank), **options)
-    for row, k in enumerate([0, 7]):
-        want = MIXED.split(LowRank(rank).values(STREAM, k, MIXED, 0, MIXED.n))
-        for z, (a, b) in zip(want, factors(MIXED, rank, numbers), strict=True):
+@pytest.mark.parametrize("arrays", [NUMPY, TorchArrays()], ids=["numpy", "torch"])
+@pytest.mark.parametrize("directions", [[7, 0], range(3, 9, 2)], ids=str)
+def test_factors_give_the_normative_values_bit_for_bit(rank, arrays, directions):
+    numbers = factor_numbers(LowRank(rank), MIXED, STREAM, directions, arrays)
+    for row, k in enumerate(directions):
+        want = MIXED.split(LowRank(rank).plain(STREAM, k, MIXED, 0, MIXED.n))
+        for z, (a, b) in zip(want, factors(LowRank(rank), MIXED, numbers), strict=True):
             left = a[row].double().numpy()
             # A·B is exact, a multiple of 2⁻²⁴ below 2⁵³ of them; so one rounding, in the product with 1/√r.
             got = left if b is None else left @ b[row].double().numpy().T * (1.0 / np.sqrt(rank)) + 0.0
@@ -116,7 +116,7 @@ def test_factors_give_the_normative_values_bit_for_bit(rank, arrays):
 
 def test_a_direction_takes_few_numbers():
     layout = Layout(("w", "b"), ((256, 784), (256,)))
-    assert factor_count(layout, 4) == 4 * (256 + 784) + 256
+    assert factor_numbers(LowRank(4), layout, STREAM, [0]).shape == (1, 4 * (256 + 784) + 256)
 
 
 # --- losses --------------------------------------------------------------------------------------

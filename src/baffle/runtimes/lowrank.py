@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from baffle.perturbations import Gaussian, Layout
+from baffle.perturbations import Gaussian, Layout, LowRank
 from baffle.stream import NUMPY, Arrays, Stream
 
 # Bytes that a chunk of directions may take. On a CPU near the size of its cache, elsewhere enough to fill it.
@@ -37,58 +37,44 @@ _BUDGET_CPU, _BUDGET = 32 << 20, 1 << 30
 _FIRST = 2  # directions in the first chunk, which shows how much memory one takes
 
 
-def factor_count(layout: Layout, rank: int) -> int:
-    """How many Gaussian numbers a direction of ``LowRank(rank)`` is made of."""
-    return sum(stop - start for start, stop in _spans(layout, rank))
+def factors(perturbation: LowRank, layout: Layout, numbers: Any) -> list[tuple[Any, Any]]:
+    """The factors of a direction, tensor by tensor, from its ``numbers`` (..., count), NumPy's or torch's.
 
-
-def factors(
-    layout: Layout, rank: int, numbers: Any
-) -> list[tuple[Any, Any]]:  # arrays of NumPy or torch, the same operations on both
-    """The factors of one direction from its ``factor_count`` numbers (…, count), tensor by tensor.
-
-    For a tensor of shape (o, …) that counts as (o, m): A (…, o, r) and B (…, m, r), both float32 on the grid
-    2⁻¹², so that z = A Bᵀ/√r. For a vector: z itself and None. The leading dimensions are kept.
+    For a tensor of shape (o, ...) that counts as (o, m): A (..., o, r) and B (..., m, r), z = A Bᵀ/√r. For a
+    vector: z itself in its shape, and None. All are float32 on the grid 2⁻¹².
     """
     made: list[tuple[Any, Any]] = []
-    for shape, (start, stop) in zip(layout.shapes, _spans(layout, rank), strict=True):
-        own, lead = numbers[..., start:stop], numbers.shape[:-1]
+    lead, r = numbers.shape[:-1], perturbation.rank
+    for shape, (_, rows, columns, at) in zip(layout.shapes, perturbation.tensors(layout), strict=False):
         if len(shape) < 2:
-            made.append((own.reshape(*lead, *shape), None))
+            made.append((numbers[..., at : at + columns].reshape(*lead, *shape), None))
         else:
-            cut = shape[0] * rank
-            columns = math.prod(shape[1:])
-            made.append(
-                (
-                    own[..., :cut].reshape(*lead, shape[0], rank),
-                    own[..., cut:].reshape(*lead, columns, rank),
-                )
-            )
+            cut, end = at + rows * r, at + (rows + columns) * r
+            left = numbers[..., at:cut].reshape(*lead, rows, r)
+            made.append((left, numbers[..., cut:end].reshape(*lead, columns, r)))
     return made
 
 
-def _spans(layout: Layout, rank: int) -> list[tuple[int, int]]:
-    """Where in a direction's stream the numbers of each tensor lie."""
-    spans, at = [], 0
-    for shape, size in zip(layout.shapes, layout.sizes, strict=True):
-        count = size if len(shape) < 2 else (shape[0] + math.prod(shape[1:])) * rank
-        spans.append((at, at + count))
-        at += count
-    return spans
+def factor_numbers(
+    perturbation: LowRank, layout: Layout, stream: Stream, directions: Sequence[int], arrays: Arrays = NUMPY
+) -> Tensor:
+    """What the factors of some directions are cut from: float32 (len(directions), count).
 
-
-def numbers_of(stream: Stream, directions: Sequence[int], count: int, arrays: Arrays = NUMPY) -> Tensor:
-    """The first ``count`` Gaussian numbers of each direction: float32 (len(directions), count)."""
+    ``LowRank`` takes its numbers from the stream as ``Gaussian`` does, one behind the other.
+    """
+    count = perturbation.tensors(layout)[-1][-1]
     flat = Layout.flat(count)
-    rows = [Gaussian().values(stream, k, flat, 0, count, arrays) for k in directions]
-    return torch.stack([torch.as_tensor(row) for row in rows])
+    if isinstance(directions, range):
+        return torch.as_tensor(Gaussian().values(stream, directions, flat, 0, count, arrays))
+    rows = [torch.as_tensor(Gaussian().values(stream, k, flat, 0, count, arrays)) for k in directions]
+    return torch.stack(rows)
 
 
 def shared_weight_losses(
     per_sample: Callable[[list[Tensor]], Tensor],
     origin: Sequence[Tensor],
     stream: Stream,
-    rank: int,
+    perturbation: LowRank,
     layout: Layout,
     directions: Sequence[int],
     scale: float,
@@ -96,7 +82,7 @@ def shared_weight_losses(
     arrays: Arrays = NUMPY,
     budget: int | None = None,
 ) -> NDArray[np.float64] | None:
-    """Mean losses (len(directions),) at W + scale·z_k for ``LowRank(rank)``; None where it cannot be done.
+    """Mean losses (len(directions),) at W + scale·z_k; None where it cannot be done.
 
     ``per_sample(tensors)`` runs the model with ``tensors`` (in the layout's order) for its trainable ones
     and returns the losses (B,) of the batch; it must not keep what it is given. ``origin`` is W, tensor by
@@ -108,18 +94,17 @@ def shared_weight_losses(
     and float64, under autocast, where an operation has no batched form, and where ``per_sample`` raises:
     what it raises then, it raises again.
 
-    Cost: len(directions) forward passes, less what does not depend on k; ``factor_count`` numbers of the
-    stream a direction. Memory: a few times ``budget``, at least two directions' activations.
+    Cost: len(directions) forward passes, less what does not depend on k; and for each direction r·(o + m)
+    numbers of the stream a tensor. Memory: a few times ``budget``, at least two directions' activations.
     """
-    alpha = scale / math.sqrt(rank)
-    count = factor_count(layout, rank)
+    alpha = scale / math.sqrt(perturbation.rank)
     widest = _Widest()
     if budget is None:
         budget = _BUDGET_CPU if origin[0].device.type == "cpu" else _BUDGET
 
     def loss(numbers: Tensor) -> Tensor:
         stand_ins = [_stand_in(w) for w in origin]
-        parts = factors(layout, rank, numbers)
+        parts = factors(perturbation, layout, numbers)
         moved = {
             id(t): _Moved(w, a, b, scale if b is None else alpha)
             for t, w, (a, b) in zip(stand_ins, origin, parts, strict=True)
@@ -130,10 +115,12 @@ def shared_weight_losses(
     out = np.empty(len(directions))
     at = 0
     while at < len(directions):
-        width = max(1, budget // max(widest.bytes, 4 * count)) if widest.bytes else _FIRST
+        width = max(1, budget // widest.bytes) if at else _FIRST
         chunk = directions[at : at + width]
+        numbers = factor_numbers(perturbation, layout, stream, chunk, arrays)
+        widest.saw(len(chunk), numbers)
         try:
-            losses = torch.vmap(loss)(numbers_of(stream, chunk, count, arrays))
+            losses = torch.vmap(loss)(numbers)
         except Exception:  # a refusal, or whatever user code raises on tensors of many directions
             return None
         out[at : at + width] = losses.cpu().numpy()
