@@ -37,7 +37,7 @@ estimators = st.builds(
     SteinEstimator,
     st.integers(1, 2**32 - 1),
     positive,
-    st.sampled_from(["forward", "central"]),
+    st.sampled_from(["forward", "central", "tangent"]),
     perturbations,
 )
 local = st.builds(
@@ -237,7 +237,7 @@ K_AT, SIGMA_AT, SCHEME_AT, SPEC_AT, FIDELITY_AT, EPOCHS_AT = 46, 50, 58, 59, 69,
 BAD_FIELDS = [
     (K_AT, "I", 0),
     *((SIGMA_AT, "d", bad) for bad in (0.0, -1.0, math.nan, math.inf, -math.inf)),
-    (SCHEME_AT, "B", 2),
+    (SCHEME_AT, "B", 3),
     *((SPEC_AT, "H", bad) for bad in (0, 7, 9, 65535)),
     (SPEC_AT + 2, "B", ord("G")),
     (SPEC_AT + 2, "B", 0xFF),
@@ -256,7 +256,8 @@ def test_the_offsets_are_right():
     assert RoundPlan.decode(with_field(PLAN, SPEC_AT, "H", 8)) == PLAN
     assert RoundPlan.decode(with_field(PLAN, K_AT, "I", 21)).estimator.directions == 21
     assert RoundPlan.decode(with_field(PLAN, SIGMA_AT, "d", 0.5)).estimator.sigma == 0.5
-    assert RoundPlan.decode(with_field(PLAN, SCHEME_AT, "B", 1)).estimator.scheme == "central"
+    for number, scheme in enumerate(("forward", "central", "tangent")):
+        assert RoundPlan.decode(with_field(PLAN, SCHEME_AT, "B", number)).estimator.scheme == scheme
     assert RoundPlan.decode(with_field(PLAN, FIDELITY_AT, "B", 1)).fidelity == "law"
     assert RoundPlan.decode(with_field(PLAN, EPOCHS_AT, "H", 5)).local.epochs == 5
     assert RoundPlan.decode(with_field(PLAN, EPOCHS_AT + 2, "d", 0.5)).local.learning_rate == 0.5

@@ -236,7 +236,7 @@ def random_plan(rng):
         SteinEstimator(
             int(rng.integers(1, 1 << 32)),
             float(10.0 ** rng.uniform(-9, 0)),
-            ["forward", "central"][rng.integers(2)],
+            ["forward", "central", "tangent"][rng.integers(3)],
             perturbation_from_spec(str(rng.choice(specs))),
         ),
         rng.bytes(32),

@@ -75,7 +75,11 @@ class TrainConfig:
         "pass; backprop: the baseline",
         choices=("forward-only", "law", "backprop"),
     )
-    scheme: str = _setting("forward", "finite difference", choices=("forward", "central"))
+    scheme: str = _setting(
+        "forward",
+        "finite difference, or tangent: the derivative itself",
+        choices=("forward", "central", "tangent"),
+    )
     directions: int | None = _setting(None, "K, directions a measurement (default 100)", "-K")
     forward_passes: int | None = _setting(None, "instead of K: forward passes a measurement")
     sigma: float = _setting(1e-4, "scale of the perturbations")

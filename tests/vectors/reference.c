@@ -303,7 +303,7 @@ static int decode_plan(bytes b, plan *p) { /* 1: a plan; 0: refused */
         if (!positive(p->rate) || p->optimizer > 1) return 0;
         if (!positive(p->clip) && p->clip != 0) return 0; /* zero has one form: not −0 */
     }
-    return p->directions > 0 && positive(p->sigma) && p->scheme < 2 && p->fidelity < 3 &&
+    return p->directions > 0 && positive(p->sigma) && p->scheme < 3 && p->fidelity < 3 &&
            !(p->fidelity == 1 && kind.kind != 'g');
 }
 
@@ -449,7 +449,8 @@ static void answer(char **w) {
         for (size_t i = 0; i < count; i++) sha_add_int(&s, weights[i], 4);
         print_digest(&s);
     } else if (!strcmp(command, "plan")) {
-        static const char *const schemes[] = {"forward", "central"}, *const optimizers[] = {"sgd", "adam"};
+        static const char *const schemes[] = {"forward", "central", "tangent"};
+        static const char *const optimizers[] = {"sgd", "adam"};
         static const char *const fidelities[] = {"forward-only", "law", "backprop"};
         plan q;
         uint8_t again[256];

@@ -7,6 +7,7 @@ noise: directions come from (stream, perturbation), so that every runtime measur
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -65,10 +66,43 @@ class Runtime(Protocol):
         ...
 
 
+# What a runtime may do besides. These protocols hold methods alone: to look for a property, `isinstance`
+# would compute it, and `frozen_digest` reads a whole model.
+
+
 @runtime_checkable
-class DifferentiableRuntime(Runtime, Protocol):
+class DifferentiableRuntime(Protocol):
     """A runtime that can backpropagate too: for baselines and the law simulator, never on a device."""
 
     def gradient(self, weights: NDArray[np.float32], batch: Batch) -> tuple[NDArray[np.float32], float]:
         """The gradient (n,) of the batch's mean loss at W, and that loss. Cost: one backward pass."""
+        ...
+
+
+@runtime_checkable
+class TangentRuntime(Protocol):
+    """A runtime that can propagate derivatives forward: for the scheme ``tangent``."""
+
+    def derivatives(
+        self,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        stream: Stream,
+        perturbation: Perturbation,
+        directions: Sequence[int],
+    ) -> tuple[float, NDArray[np.float64]]:
+        """The batch's mean loss at W, and its derivatives (len(directions),) along z_k, both float64.
+
+        z_k is carried in its own scale, so nothing is subtracted and no σ is needed. Raises ConfigError
+        for a model that it cannot go through. Cost: about two forward passes a direction.
+        """
+        ...
+
+
+@runtime_checkable
+class HoldingRuntime(Protocol):
+    """A runtime that can keep what every measurement of one batch begins with."""
+
+    def holding(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside, what does not depend on W is computed once for ``batch``, which nobody changes."""
         ...

@@ -1,7 +1,8 @@
 """The torch runtime: any ``nn.Module``, any per-sample loss, CPU or CUDA.
 
-The user's module is never subclassed, wrapped, copied or written to: every forward pass is a functional
-call with W + scale·z_k in place of the trainable parameters and with copies of the buffers.
+The user's module is never subclassed, wrapped or written to: a forward pass is a functional call, or a call
+of a copy of its structure, with W + scale·z_k in place of the trainable parameters and copies of the
+buffers. ``TorchRuntime._sweep`` chooses the way through the directions: ``batched`` or ``onebyone``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +24,12 @@ from torch.func import functional_call
 from baffle.errors import ConfigError, PrecisionError
 from baffle.perturbations import Layout, Perturbation
 from baffle.runtimes import Batch
+from baffle.runtimes.batched import FEWEST, MOST_ON_CPU, Survey, batched, chunk_for, pays, survey
+from baffle.runtimes.objective import Directions, Loss, Objective, Part
+from baffle.runtimes.onebyone import Replica, has_hooks, on_own_threads, one_by_one, verified
 from baffle.runtimes.prefix import split_frozen_prefix
+from baffle.runtimes.tangent import derivatives
 from baffle.stream import NUMPY, Arrays, Lanes, Stream
-
-Loss = Callable[[Any, Tensor], Tensor]
 
 # The smallest σ whose slopes still follow the exact directional derivative (correlation ≥ 0.99; LeNet,
 # central), by the coarsest type in the forward pass. `baffle doctor` measures them on this machine.
@@ -88,7 +92,12 @@ class TorchRuntime:
     Only parameters with ``requires_grad`` are perturbed. Everything is measured in ``eval`` mode (dropout
     off, batch norm on its running statistics) and the module's modes are put back. ``loss(outputs,
     targets)`` returns per-sample losses (B,); they are averaged in float64. ``memory_budget`` (bytes)
-    bounds the directions of a round that are kept for the next client of the same process.
+    bounds the directions of a round that are kept for the next client of the same process, and the memory
+    of directions that are measured together.
+
+    On a CPU, ``module`` and ``loss`` may be called in several threads, as many as torch may use, each
+    thread with its own copy of the module's structure as it was at the first measurement. Every loss is
+    computed on one thread, so that its bits do not depend on how many there are.
 
     Raises ConfigError for a module without trainable parameters.
     """
@@ -107,22 +116,39 @@ class TorchRuntime:
         self.module = module
         self.loss_function = loss
         self.device = torch.device(device)
+        self.memory_budget = memory_budget
         self._layout = Layout(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
-        self._dtypes = [p.dtype for p in trainable.values()]
+        dtypes = tuple(p.dtype for p in trainable.values())
+        self._wide = torch.float64 if torch.float64 in dtypes else torch.float32
         # Frozen parameters and buffers stay the module's own tensors where they already lie on the device.
         self._frozen = {
             name: p.detach().to(self.device) for name, p in module.named_parameters() if not p.requires_grad
         }
         self._buffers = {name: b.detach().to(self.device) for name, b in module.named_buffers()}
-        self._wide = torch.float64 if torch.float64 in self._dtypes else torch.float32
         self._arrays: Arrays = NUMPY if self.device.type == "cpu" else TorchArrays(self.device)
         self.chunk = max(1, memory_budget // (self._wide.itemsize * self._layout.n))
         self._kept: dict[int, Tensor] = {}
         self._kept_for: tuple[Stream, str] | None = None
+        self._keeping = threading.Lock()
         with self._measuring():
             self._prefix = split_frozen_prefix(module)
-        self._moving_names = self._names_in(module if self._prefix is None else self._prefix.after)
+        part = module if self._prefix is None else self._prefix.after
+        names, places = self._names_in(part), {name: i for i, name in enumerate(trainable)}
+        self._part = Part(
+            part,
+            self._layout,
+            dtypes,
+            self._wide,
+            {own: places[name] for own, name in names.items() if name in places},
+            {own: self._frozen[name] for own, name in names.items() if name in self._frozen},
+            {own: self._buffers[name] for own, name in names.items() if name in self._buffers},
+        )
         self._prefix_names = {} if self._prefix is None else self._names_in(self._prefix.before)
+        self._surveys: dict[tuple[object, ...], Survey] = {}
+        self._replicas: list[Replica] = []
+        self._replicable: bool | None = None  # not known before the first measurement
+        self._batchable = True
+        self._held: tuple[Batch, Objective] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -173,7 +199,8 @@ class TorchRuntime:
 
     def loss(self, weights: NDArray[np.float32], batch: Batch) -> float:
         with torch.inference_mode(), self._measuring():
-            return self._mean_loss(self._wide_tensor(weights), *self._enter(batch))
+            origin = self._wide_tensor(weights)
+            return float(self._sweep(self._objective(batch), origin, [0], 0.0, _nowhere(origin))[0])
 
     def losses(
         self,
@@ -184,31 +211,109 @@ class TorchRuntime:
         directions: Sequence[int],
         scale: float,
     ) -> NDArray[np.float64]:
-        out = np.empty(len(directions))
         with torch.inference_mode(), self._measuring():
-            origin = self._wide_tensor(weights)
-            inputs, targets = self._enter(batch)
-            for i, k in enumerate(directions):
-                z = self._direction(stream, perturbation, k)
-                out[i] = self._mean_loss(torch.add(origin, z, alpha=scale), inputs, targets)
-        return out
+            origin, rows = self._wide_tensor(weights), self._rows(stream, perturbation)
+            return self._sweep(self._objective(batch), origin, list(directions), scale, rows)
+
+    def derivatives(
+        self,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        stream: Stream,
+        perturbation: Perturbation,
+        directions: Sequence[int],
+    ) -> tuple[float, NDArray[np.float64]]:
+        with torch.no_grad(), self._measuring():
+            origin, rows = self._wide_tensor(weights), self._rows(stream, perturbation)
+            objective = self._objective(batch)
+            chunk = self._chunk(self._survey(objective, origin), FEWEST)
+            return derivatives(objective, origin, list(directions), rows, chunk)
+
+    @contextlib.contextmanager
+    def holding(self, batch: Batch) -> Iterator[None]:
+        with torch.inference_mode(), self._measuring():
+            objective = self._objective(batch)
+        before, self._held = self._held, (batch, objective)
+        try:
+            yield
+        finally:
+            self._held = before
 
     def gradient(self, weights: NDArray[np.float32], batch: Batch) -> tuple[NDArray[np.float32], float]:
         """The backprop gradient (n,) and the loss: for baselines and the law simulator only."""
         with self._measuring():
-            with torch.inference_mode():
-                inputs, targets = self._enter(batch)
-            flat = self._wide_tensor(weights).clone().requires_grad_()
-            value = self._per_sample(flat, inputs, targets.clone()).double().mean()
-            (gradient,) = torch.autograd.grad(value, flat)
-        return gradient.to("cpu", torch.float32).numpy(), float(value.detach())
+            with torch.no_grad():
+                objective = self._objective(batch)
+                values = self._part.cast(self._wide_tensor(weights))
+            # A leaf for each tensor: the gradient of a slice of one flat leaf is as long as the whole.
+            leaves = [value.detach().clone().requires_grad_() for value in values]
+            value = objective.mean(leaves)
+            gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([g.reshape(-1).to("cpu", torch.float32) for g in gradients])
+        return flat.numpy(), float(value.detach())
 
     def outputs(self, weights: NDArray[np.float32], batch: Batch) -> Tensor:
         """The module's outputs for a batch, on the CPU. Cost: one forward pass."""
         with torch.inference_mode(), self._measuring():
-            inputs, _ = self._enter(batch)
-            result: Tensor = self._forward(self._wide_tensor(weights), inputs).cpu()
+            values = self._part.cast(self._wide_tensor(weights))
+            result: Tensor = self._objective(batch).outputs(values).cpu()
             return result
+
+    # -- ways through the directions ----------------------------------------------------------------
+
+    def _sweep(
+        self, objective: Objective, origin: Tensor, directions: Sequence[int], scale: float, rows: Directions
+    ) -> NDArray[np.float64]:
+        """Mean losses (len(directions),) at W + scale·z_k, by the way that suits the part and the device."""
+        if self._batchable and directions and not has_hooks(self._part.module):
+            seen = self._survey(objective, origin)
+            if pays(seen, self.device):
+                try:
+                    copies = self._workers(objective, origin, -(-len(directions) // FEWEST))
+                    modules = [replica.module for replica in copies] or [self._part.module]
+                    chunk = self._chunk(seen, MOST_ON_CPU)
+                    return batched(objective, modules, origin, directions, scale, rows, chunk)
+                except (ConfigError, torch.OutOfMemoryError):
+                    raise
+                except Exception:  # vmap raises many types; whatever is truly wrong shows one by one too
+                    losses = self._one_by_one(objective, origin, directions, scale, rows)
+                    self._batchable = False
+                    return losses
+        return self._one_by_one(objective, origin, directions, scale, rows)
+
+    def _one_by_one(
+        self, objective: Objective, origin: Tensor, directions: Sequence[int], scale: float, rows: Directions
+    ) -> NDArray[np.float64]:
+        replicas = self._workers(objective, origin, len(directions))
+        return one_by_one(objective, replicas, origin, directions, scale, rows)
+
+    def _survey(self, objective: Objective, origin: Tensor) -> Survey:
+        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else None for x in objective.inputs)
+        if key not in self._surveys:
+            self._surveys[key] = survey(objective, origin)
+        return self._surveys[key]
+
+    def _chunk(self, seen: Survey, most_on_cpu: int) -> int:
+        n, itemsize = self._layout.n, self._wide.itemsize
+        return chunk_for(seen, n, itemsize, self.memory_budget, self.device, most_on_cpu)
+
+    def _workers(self, objective: Objective, origin: Tensor, tasks: int) -> list[Replica]:
+        """Replicas for as many tasks at once as torch may use threads; none where only the module itself
+        can be trusted to be the module. The first time costs two forward passes.
+        """
+        if self._replicable is False or has_hooks(self._part.module):
+            return []
+        threads = torch.get_num_threads() if self.device.type == "cpu" and on_own_threads() else 1
+        count = max(1, min(threads, tasks))
+        try:
+            while len(self._replicas) < count:
+                self._replicas.append(Replica(self._part, self.device))
+        except Exception:  # a module may hold anything, of which some cannot be copied
+            self._replicable = False
+            return []
+        if self._replicable is None:
+            self._replicable = verified(objective, self._replicas[0], origin)
+        return self._replicas[:count] if self._replicable else []
 
     # -- the frozen prefix --------------------------------------------------------------------------
 
@@ -228,7 +333,7 @@ class TorchRuntime:
         if batch.prefixed:
             return batch
         with torch.inference_mode(), self._measuring():
-            (features,) = self._enter(batch)[0]
+            (features,) = self._objective(batch).inputs
         if len(features) != len(batch.targets):
             raise ConfigError("the frozen prefix does not keep one row a sample: it cannot be cached")
         if features.dtype == torch.bfloat16:
@@ -240,18 +345,18 @@ class TorchRuntime:
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:
         """Eval mode and, on CUDA, float32 that is float32: TF32's 10-bit mantissa cannot resolve σ = 1e-4."""
-        modes = [(m, m.training) for m in self.module.modules()]
+        training = [m for m in self.module.modules() if m.training]
         tf32: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
         allowed = [backend.allow_tf32 for backend in tf32] if self.device.type == "cuda" else []
         try:
             for backend, _ in zip(tf32, allowed, strict=False):
                 backend.allow_tf32 = False
-            for m, _ in modes:
+            for m in training:
                 m.training = False
             yield
         finally:
-            for m, training in modes:
-                m.training = training
+            for m in training:
+                m.training = True
             for backend, before in zip(tf32, allowed, strict=False):
                 backend.allow_tf32 = before
 
@@ -260,35 +365,51 @@ class TorchRuntime:
             raise ConfigError(f"weights have the shape {weights.shape}, this model has n = {self._layout.n}")
         return torch.tensor(weights, dtype=self._wide, device=self.device)
 
-    def _direction(self, stream: Stream, perturbation: Perturbation, k: int) -> Tensor:
-        """z_k as a tensor. The first ``chunk`` directions of a round are kept for its next client."""
+    def _rows(self, stream: Stream, perturbation: Perturbation) -> Directions:
+        """Numbers k → tensors z_k. The first ``chunk`` directions of a round are kept for its next client."""
         if self._kept_for != (stream, perturbation.spec):
             self._kept, self._kept_for = {}, (stream, perturbation.spec)
-        if k in self._kept:
-            return self._kept[k]
-        values = perturbation.values(stream, k, self._layout, 0, self._layout.n, self._arrays)
-        z = torch.as_tensor(values).to(self._wide)
-        if len(self._kept) < self.chunk:
-            self._kept[k] = z
-        return z
+        kept, n = self._kept, self._layout.n
 
-    def _enter(self, batch: Batch) -> tuple[list[Any], Tensor]:
-        """What the part that depends on W starts from, and the targets, on the device."""
+        def rows(directions: Sequence[int]) -> list[Tensor]:
+            found = {k: kept[k] for k in directions if k in kept}
+            for k in directions:
+                if k not in found:
+                    values = perturbation.values(stream, k, self._layout, 0, n, self._arrays)
+                    with torch.inference_mode(False):  # kept ones serve derivatives too
+                        found[k] = torch.as_tensor(values).to(self._wide)
+                    with self._keeping:
+                        if len(kept) < self.chunk:
+                            kept[k] = found[k]
+            return [found[k] for k in directions]
+
+        return rows
+
+    def _objective(self, batch: Batch) -> Objective:
+        """The batch on the device, behind the frozen prefix."""
+        if self._held is not None and self._held[0] is batch:
+            return self._held[1]
         if batch.prefixed and (self._prefix is None or not self._prefix.cacheable):
             raise ConfigError("a batch behind a frozen prefix was given to a module that has none to cache")
         x = torch.as_tensor(batch.inputs, device=self.device)
         targets = torch.as_tensor(batch.targets, device=self.device)
         if x.is_floating_point() and not batch.prefixed:
             x = x.to(self._input_dtype())
-        if x.dim() == 4:
-            # NHWC halves the time of the CPU's float32 convolutions and changes no value's meaning.
-            x = x.contiguous(memory_format=torch.channels_last)
+        if x.dim() == 4 and self.device.type == "cpu":
+            # NHWC is quicker for the CPU's convolutions. Written out: for one channel `contiguous` keeps
+            # strides that are read as NCHW.
+            n, c, h, w = x.shape
+            x = x.new_empty((n, h, w, c)).permute(0, 3, 1, 2).copy_(x)
         if batch.prefixed or self._prefix is None:
-            return [x], targets
-        tensors = {**self._frozen, **self._copied_buffers()}
+            return Objective(self._part, self.loss_function, (x,), targets)
+        tensors = {**self._frozen, **self._buffers}
         fixed = {own: tensors[name] for own, name in self._prefix_names.items()}
+        for own, name in self._prefix_names.items():
+            if name in self._buffers:
+                fixed[own] = fixed[own].clone()
         with torch.no_grad():
-            return list(functional_call(self._prefix.before, fixed, (x.clone(),), tie_weights=False)), targets
+            inputs = functional_call(self._prefix.before, fixed, (x.clone(),), tie_weights=False)
+        return Objective(self._part, self.loss_function, tuple(inputs), targets)
 
     def _names_in(self, part: nn.Module) -> dict[str, str]:
         """The names of the module's tensors inside ``part`` of it → their names in the whole.
@@ -306,33 +427,10 @@ class TorchRuntime:
     def _input_dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
-    def _copied_buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in self._buffers.items()}
 
-    def _forward(self, flat: Tensor, inputs: list[Any]) -> Any:
-        named: dict[str, Tensor] = dict(self._frozen)
-        named.update(self._copied_buffers())
-        for name, values, dtype in zip(
-            self._layout.names, self._layout.split(flat), self._dtypes, strict=True
-        ):
-            named[name] = values.to(dtype)
-        module = self.module if self._prefix is None else self._prefix.after
-        # A module may change its inputs in place; the next direction and the caller need them as they were.
-        copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
-        tensors = {own: named[name] for own, name in self._moving_names.items()}
-        return functional_call(module, tensors, copies, tie_weights=False)
-
-    def _per_sample(self, flat: Tensor, inputs: list[Any], targets: Tensor) -> Tensor:
-        losses = self.loss_function(self._forward(flat, inputs), targets)
-        if losses.dim() != 1 or len(losses) != len(targets):
-            raise ConfigError(
-                f"the loss returned the shape {tuple(losses.shape)}: it must return one loss a sample "
-                f"({len(targets)},); use reduction='none'"
-            )
-        return losses
-
-    def _mean_loss(self, flat: Tensor, inputs: list[Any], targets: Tensor) -> float:
-        return float(self._per_sample(flat, inputs, targets).double().mean())
+def _nowhere(origin: Tensor) -> Directions:
+    """z = 0 for every k: the unperturbed weights, measured by the same way as the perturbed ones."""
+    return lambda directions: [torch.zeros_like(origin)] * len(directions)
 
 
 @dataclass(frozen=True)
