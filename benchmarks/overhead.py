@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from statistics import median
 from typing import Any
@@ -50,6 +51,12 @@ class TimedRuntime:
     def __init__(self, runtime: TorchRuntime, watch: Stopwatch) -> None:
         self._runtime, self._watch = runtime, watch
         self.weights, self.check_sigma = runtime.weights, runtime.check_sigma
+
+    @contextmanager
+    def holding(self, batch: Batch) -> Iterator[None]:
+        with ExitStack() as held:
+            self._watch(held.enter_context, self._runtime.holding(batch))
+            yield
 
     @property
     def layout(self) -> Layout:
@@ -97,12 +104,12 @@ def overhead(
     *,
     model: str = "lenet",
     batch: int = 16,
-    rounds: int = 3,
+    batches: int = 4,
 ) -> dict[str, float]:
     """The share of a round that is neither forward pass (backward, for ``backprop``) nor perturbation.
 
-    8×8 digits, dealt to ``clients`` (some samples twice where there are more clients than 16th parts of
-    the set). Reading the batches and the law's draw count as overhead.
+    Over one epoch of ``batches`` rounds: each client draws a permutation of its samples once. 8×8 digits,
+    used again where the clients are many. Reading the batches and the law's draw count as overhead.
     """
     train, _ = data.digits()
     watch = Stopwatch()
@@ -110,22 +117,18 @@ def overhead(
     estimator = TimedEstimator(directions)
     object.__setattr__(estimator, "watch", watch)
     server = Server(runtime, estimator, batch_size=batch, fidelity=fidelity)
-    federation = deal(train, clients, 16, runtime)
-    whole, inside = [], []
-    run = simulate(server, federation, rounds=rounds + 1)
-    next(run)  # the first round allocates
-    for _ in range(rounds):
-        before, started = watch.seconds, time.perf_counter()
+    run = simulate(server, deal(train, clients, batches * batch, runtime), rounds=batches + 1)
+    next(run)  # what is made once
+    before, started = watch.seconds, time.perf_counter()
+    for _ in range(batches):
         next(run)
-        whole.append(time.perf_counter() - started)
-        inside.append(watch.seconds - before)
-    share = median(1 - part / round_ for part, round_ in zip(inside, whole, strict=True))
+    whole, inside = time.perf_counter() - started, watch.seconds - before
     return {
         "clients": clients,
         "directions": directions,
-        "share": share,
-        "round_seconds": median(whole),
-        "overhead_microseconds_per_client": 1e6 * share * median(whole) / clients,
+        "share": 1 - inside / whole,
+        "round_seconds": whole / batches,
+        "overhead_microseconds_per_client": 1e6 * (whole - inside) / batches / clients,
     }
 
 

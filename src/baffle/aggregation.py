@@ -39,7 +39,7 @@ class PlainSum:
 
     Sums in float64 in ascending order of the clients' names, and takes them in no other order, so that
     the order of arrival changes no bit: a driver whose answers arrive as they like holds back those whose
-    turn has not come (``Server.step`` sorts). Memory: one answer in float64, whatever the number of clients.
+    turn has not come (``Server.step`` sorts). Memory: two answers in float64, whatever the number of clients.
     """
 
     def open(self, plan: RoundPlan) -> Tally:
@@ -52,16 +52,19 @@ class _PlainTally:
         self._last: str | None = None
         self._total: NDArray[np.float64] = np.zeros(0)
         self._weight: NDArray[np.float64] = np.zeros(0)
+        self._product: NDArray[np.float64] = np.zeros(0)  # room for N_c·v, made once
 
     def add(self, name: str, result: RoundResult) -> None:
         self._check(name, result)
         count = len(result.values)
         if count > len(self._total):
             more = np.zeros(count - len(self._total))
-            self._total = np.concatenate((self._total, more))
+            self._total, self._product = np.concatenate((self._total, more)), np.empty(count)
             # A client answers a whole row: where all rows have one length, one weight serves them all.
             self._weight = np.concatenate((self._weight, more)) if self._plan.asks_slopes else np.zeros(1)
-        self._total[:count] += np.multiply(result.values, float(result.samples), dtype=np.float64)
+        product = self._product[:count]
+        np.multiply(result.values, float(result.samples), out=product, dtype=np.float64)
+        self._total[:count] += product
         self._weight[:count] += result.samples
         self._last = name
 

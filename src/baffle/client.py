@@ -120,12 +120,13 @@ class Client:
             values = self._measure(plan, weights, self._indices(plan.round, plan.batch_size))
         with np.errstate(over="ignore"):
             values = values.astype(np.float32, copy=False)
-        if not np.isfinite(values).all():
+        try:
+            result = RoundResult(plan.round, plan.digest, len(self.samples), values)
+        except ConfigError as error:  # a number is not finite: all else was checked before
             raise LossError(
-                f"client {self.name}, round {plan.round}: the answer is not finite: "
-                "lower the learning rate, or check the data"
-            )
-        return RoundResult(plan.round, plan.digest, len(self.samples), values).encode()
+                f"client {self.name}, round {plan.round}: {error}: lower the learning rate, or check the data"
+            ) from error
+        return result.encode()
 
     # -- batch-level --------------------------------------------------------------------------------
 

@@ -254,7 +254,7 @@ class ModelMessage:
 
     def encode(self) -> bytes:
         body = np.ascontiguousarray(self.weights, dtype="<f4")
-        return _header(self.KIND) + struct.pack("<Q", len(body)) + body.tobytes()
+        return b"".join((_header(self.KIND), struct.pack("<Q", len(body)), body.data))
 
     @classmethod
     def decode(cls, data: bytes) -> ModelMessage:
@@ -288,7 +288,7 @@ class RoundResult:
     def encode(self) -> bytes:
         body = np.ascontiguousarray(self.values, dtype="<f4")
         head = struct.pack("<Q", self.round) + self.plan_digest + struct.pack("<QI", self.samples, len(body))
-        return _header(self.KIND) + head + body.tobytes()
+        return b"".join((_header(self.KIND), head, body.data))
 
     @classmethod
     def decode(cls, data: bytes) -> RoundResult:
