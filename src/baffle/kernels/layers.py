@@ -16,46 +16,84 @@ from baffle.kernels.simd import LANES, add, fma, largest, load, mul, multiply_bl
 from baffle.kernels.winograd import activated
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
+def clear_margins(y: Any, B: int, H: int, W: int, C: int, pad: int, padded: Any) -> None:
+    """Zeros around the images of y (B, PH, PW, C), flat, whose H × W pixels begin at (pad, pad)."""
+    PH, PW = padded
+    zero = splat(np.float32(0.0))
+    for image in range(B):
+        for i in range(PH):
+            inside = pad <= i < pad + H
+            j = 0
+            while j < PW:
+                if inside and j == pad:
+                    j += W
+                    continue
+                for at in range(((image * PH + i) * PW + j) * C, ((image * PH + i) * PW + j + 1) * C, LANES):
+                    store(y, at, zero)
+                j += 1
+
+
+@njit(nogil=True, cache=True)
+def pad_images(x: Any, shape: Any, pad: int, padded: Any, y: Any) -> None:
+    """x (B, H, W, C) into the middle of y (B, PH, PW, C), zeros around; flat, C a multiple of 16."""
+    B, H, W, C = shape
+    PH, PW = padded
+    clear_margins(y, B, H, W, C, pad, padded)
+    for row in range(B * H):
+        image, i = row // H, row % H
+        source, target = row * W * C, ((image * PH + i + pad) * PW + pad) * C
+        for at in range(0, W * C, LANES):
+            store(y, target + at, load(x, source + at))
+
+
+@njit(nogil=True, cache=True)
 def project(
     x: Any,
-    shape: Any,
+    first: int,
+    pitch: Any,
     stride: int,
     w: Any,
+    C: int,
     bias: Any,
     activation: int,
     pool: int,
     residual: Any,
     y: Any,
-    out: int,
+    shape: Any,
+    pad: int,
+    padded: Any,
 ) -> None:
     """y = maxpool(activation(x[:, ::stride, ::stride] · wᵀ + bias)) + residual, all flat.
 
-    x (B, H, W, C), w (out, C); ``pool`` is 1, or 2 for 2×2 (a last odd row or column is left out).
-    ``out`` is a multiple of 16; ``bias`` and ``residual`` may be empty.
+    x holds pixels of C floats, the first at ``first``, its images and lines ``pitch`` floats apart; w is
+    (out, C). y has ``shape`` (B, OH, OW, out) and lies from (pad, pad) on in images of ``padded`` pixels,
+    zeros around. ``pool`` is 1, or 2 for 2×2. ``out`` is a multiple of 16; ``bias`` and ``residual`` (of
+    the shape of y) may be empty.
     """
-    B, H, W, C = shape
-    OH, OW = (H - 1) // stride + 1, (W - 1) // stride + 1
+    B, high, wide, out = shape
+    PH, PW = padded
+    clear_margins(y, B, high, wide, out, pad, padded)
     right = np.empty(C * out, np.float32)
     for c in range(C):
         for o in range(out):
             right[c * out + o] = w[o * C + c]
-    line = -(-OW // 8) * 8 * out
+    columns = wide * pool
+    line = columns * out
     lines = np.empty(pool * line, np.float32)
-    high, wide = OH // pool, OW // pool
     for image in range(B):
         for row in range(high):
             for p in range(pool):
-                left = (image * H + (row * pool + p) * stride) * W * C
-                _line(x, left, stride * C, right, lines, p * line, OW, C, out)
-                for at in range(p * line, p * line + OW * out, out):
+                left = first + image * pitch[0] + (row * pool + p) * stride * pitch[1]
+                _line(x, left, stride * C, right, lines, p * line, columns, C, out)
+                for at in range(p * line, p * line + line, out):
                     for n in range(0, out, LANES):
                         lanes = load(lines, at + n)
                         if bias.size:
                             lanes = add(lanes, load(bias, n))
                         store(lines, at + n, activated(lanes, activation))
             for column in range(wide):
-                where = ((image * high + row) * wide + column) * out
+                where = ((image * PH + row + pad) * PW + column + pad) * out
                 at = column * pool * out
                 for n in range(0, out, LANES):
                     lanes = load(lines, at + n)
@@ -64,11 +102,11 @@ def project(
                         below = largest(load(lines, line + at + n), load(lines, line + at + out + n))
                         lanes = largest(above, below)
                     if residual.size:
-                        lanes = add(lanes, load(residual, where + n))
+                        lanes = add(lanes, load(residual, ((image * high + row) * wide + column) * out + n))
                     store(y, where + n, lanes)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _line(x: Any, left: int, step: int, right: Any, lines: Any, at: int, OW: int, C: int, out: int) -> None:
     """One row of pixels times the matrix. Blocks that would leave the row are done pixel by pixel."""
     whole = OW // 8 * 8
@@ -85,12 +123,39 @@ def _line(x: Any, left: int, step: int, right: Any, lines: Any, at: int, OW: int
             multiply_block(1, 1, x, left + t * step, step, right, n, out, lines, at + t * out + n, out, C)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def group_norm(
-    x: Any, shape: Any, groups: int, eps: float, weight: Any, bias: Any, activation: int, y: Any
-) -> None:
-    """y = activation(GroupNorm(x)), flat. x (B, H, W, C), C a multiple of 16; the affine part may be empty."""
+@njit(nogil=True, cache=True)
+def average(x: Any, shape: Any, y: Any) -> None:
+    """y (B, C) = the mean of x (B, H, W, C) over its pixels, flat. C a multiple of 16."""
     B, H, W, C = shape
+    for image in range(B):
+        start, end = image * H * W * C, (image + 1) * H * W * C
+        for c in range(0, C, LANES):
+            total = splat(np.float32(0.0))
+            for at in range(start + c, end, C):
+                total = add(total, load(x, at))
+            store(y, image * C + c, mul(total, splat(np.float32(1.0 / (H * W)))))
+
+
+@njit(nogil=True, cache=True)
+def group_norm(
+    x: Any,
+    shape: Any,
+    groups: int,
+    eps: float,
+    weight: Any,
+    bias: Any,
+    activation: int,
+    y: Any,
+    pad: int,
+    padded: Any,
+) -> None:
+    """y = activation(GroupNorm(x)), flat. x (B, H, W, C), C a multiple of 16; the affine part may be empty.
+
+    y lies from (pad, pad) on in images of ``padded`` pixels, zeros around.
+    """
+    B, H, W, C = shape
+    PH, PW = padded
+    clear_margins(y, B, H, W, C, pad, padded)
     size, pixels = C // groups, H * W
     scale, shift = np.empty(C, np.float32), np.empty(C, np.float32)
     for image in range(B):
@@ -126,13 +191,9 @@ def group_norm(
                 own = inverse * weight[c] if weight.size else inverse
                 scale[c] = own
                 shift[c] = shift[c] * own + (bias[c] if bias.size else 0.0)
-        for at in range(start, end, C):
-            for c in range(0, C, LANES):
-                store(y, at + c, activated(fma(load(x, at + c), load(scale, c), load(shift, c)), activation))
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def activate(x: Any, activation: int, y: Any) -> None:
-    """y = activation(x), flat, of a length that is a multiple of 16."""
-    for at in range(0, x.size, LANES):
-        store(y, at, activated(load(x, at), activation))
+        for i in range(H):
+            source, target = start + i * W * C, ((image * PH + i + pad) * PW + pad) * C
+            for at in range(0, W * C, C):
+                for c in range(0, C, LANES):
+                    lanes = fma(load(x, source + at + c), load(scale, c), load(shift, c))
+                    store(y, target + at + c, activated(lanes, activation))

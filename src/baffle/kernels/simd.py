@@ -1,8 +1,8 @@
 """Sixteen float32 lanes as a value inside numba functions: what a convolution kernel is written with.
 
 ``load``, ``store``, ``splat``, ``add``, ``mul``, ``fma``, ``least`` and ``largest`` compile to one vector
-instruction each where the processor has 512-bit registers, and to a few narrower ones elsewhere. Arrays are flat,
-C-contiguous float32; indices are not checked.
+instruction each where the processor has 512-bit registers, and to a few narrower ones elsewhere. Arrays are
+flat, C-contiguous float32; indices are not checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FLOAT = ir.FloatType()
 _LANES = ir.VectorType(_FLOAT, LANES)
 
 
-class LanesType(types.Type):  # type: ignore[misc]
+class LanesType(types.Type):
     """numba's type of sixteen float32 lanes."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ LANES_TYPE = LanesType()
 
 
 @register_model(LanesType)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, of: Any) -> None:
         super().__init__(manager, of, _LANES)
 
@@ -45,7 +45,7 @@ def _is_flat_float32(array: Any) -> bool:
     return isinstance(array, types.Array) and array.dtype == types.float32 and array.layout == "C"
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
     """Lanes ``array[index : index + 16]``."""
     if not _is_flat_float32(array):
@@ -58,7 +58,7 @@ def load(typing: Any, array: Any, index: Any) -> Any:
     return LANES_TYPE(array, types.intp), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(typing: Any, array: Any, index: Any, lanes: Any) -> Any:
     """``array[index : index + 16] = lanes``."""
     if not _is_flat_float32(array):
@@ -78,7 +78,7 @@ def _splat(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, ir.Constant(_LANES, ir.Undefined), mask)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def splat(typing: Any, value: Any) -> Any:
     """``value`` in every lane."""
 
@@ -93,7 +93,7 @@ def _fma_function(builder: Any) -> Any:
     return cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a·b + c, rounded once."""
 
@@ -104,7 +104,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _elementwise(name: str) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def instruction(typing: Any, a: Any, b: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return getattr(builder, name)(*arguments)
@@ -118,7 +118,7 @@ add, mul = _elementwise("fadd"), _elementwise("fmul")
 
 
 def _extreme(name: str, predicate: str) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def instruction(typing: Any, a: Any, b: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             a, b = arguments
@@ -132,7 +132,7 @@ def _extreme(name: str, predicate: str) -> Any:
 least, largest = _extreme("least", "<"), _extreme("largest", ">")
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def multiply_block(
     typing: Any,
     rows: Any,
@@ -215,7 +215,7 @@ def multiply_block(
 MATRICES: dict[tuple[str, int], list[list[float]]] = {}
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def transform_tile(
     typing: Any,
     name: Any,

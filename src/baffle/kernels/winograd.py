@@ -12,8 +12,8 @@ those of the plain convolution do (tests/test_convolution.py).
 
 from __future__ import annotations
 
-from fractions import Fraction
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -74,19 +74,19 @@ MATRICES["output", 1] = MATRICES["data", 1] = np.eye(_M).tolist()
 MATRICES["kernel", 1] = [[1.0]]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _points(taps: int) -> int:
     """Points of a tile in one dimension."""
     return _M + taps - 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _kernels(taps: int) -> int:
     """Of these, how many have a matrix of their own."""
     return _M + taps - 1 if taps > 1 else 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _transform_weights(
     rows: int,
     columns: int,
@@ -129,34 +129,23 @@ def _transform_weights(
             _kernels(columns) * point,
             point,
         )
-    return at + _kernels(rows) * _kernels(columns) * point
+    end: int = at + _kernels(rows) * _kernels(columns) * point
+    return end
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _spread(x: Any, image: int, shape: Any, pad: int, stride: int, planes: Any, PH: int, PW: int) -> None:
-    """One image into the middle of ``planes`` (stride², PH, PW, C): a plane a phase."""
-    _, H, W, C = shape
-    for i in range(H):
-        for j in range(W):
-            phase = (i + pad) % stride * stride + (j + pad) % stride
-            target = ((phase * PH + (i + pad) // stride) * PW + (j + pad) // stride) * C
-            source = ((image * H + i) * W + j) * C
-            for c in range(0, C, LANES):
-                store(planes, target + c, load(x, source + c))
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _transform_data(
-    rows: int, columns: int, plane: Any, corner: int, PW: int, C: int, V: Any, t: int, point: int
+    rows: int, columns: int, x: Any, corner: int, line: int, pixel: int, C: int, V: Any, t: int, point: int
 ) -> None:
+    """One tile of all channels; ``line`` and ``pixel`` are the distances between its inputs."""
     rows, columns = literally(rows), literally(columns)
     for c in range(0, C, LANES):
         transform_tile(
-            "data", rows, columns, plane, corner + c, PW * C, C, V, t * C + c, _points(columns) * point, point
+            "data", rows, columns, x, corner + c, line, pixel, V, t * C + c, _points(columns) * point, point
         )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _transform_output(rows: int, columns: int, M: Any, at: int, point: int, tile: Any, tile_at: int) -> None:
     rows, columns = literally(rows), literally(columns)
     transform_tile(
@@ -164,7 +153,7 @@ def _transform_output(rows: int, columns: int, M: Any, at: int, point: int, tile
     )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _multiply(
     rows: int, columns: int, V: Any, U: Any, u_at: int, M: Any, m_at: int, T: int, C: int, out: int
 ) -> None:
@@ -184,7 +173,7 @@ def _multiply(
                         multiply_block(8, 1, V, v + t * C, C, U, u + n, out, M, m + t * out + n, out, C)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def activated(lanes: Any, activation: int) -> Any:
     if activation == RELU:
         return largest(lanes, splat(np.float32(0.0)))
@@ -194,7 +183,7 @@ def activated(lanes: Any, activation: int) -> Any:
     return lanes
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _finish(
     tile: Any, phases: int, bias: Any, activation: int, residual: Any, y: Any, shape: Any, place: Any, n: int
 ) -> None:
@@ -216,28 +205,24 @@ def _finish(
             store(y, where, lanes)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _convolve(r, x, shape, w, bias, pad, activation, residual, y, out, block, taps, U, planes, V, M):  # type: ignore[no-untyped-def]
-    """Stride 1."""
+@njit(nogil=True, cache=True)
+def _convolve(r, x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M):
+    """Stride 1. x lies in images of ``padded`` = (PH, PW) pixels, y is of ``shape`` (B, OH, OW, out)."""
     r = literally(r)
-    B, H, W, C = shape
-    OH, OW = H + 2 * pad - r + 1, W + 2 * pad - r + 1
+    PH, PW = padded
+    B, OH, OW, out = shape
     down, across = -(-OH // _M), -(-OW // _M)
-    PH, PW = down * _M + r - 1, across * _M + r - 1
     _transform_weights(r, r, (0, 0), 1, w, r, C, out, taps, U, 0)
-    planes[: PH * PW * C] = np.float32(0.0)
     tile = np.empty(_M * _M * LANES, np.float32)
-    ready = -1
     for at in range(0, B * down * across, block):
         T = min(block, B * down * across - at)
-        v, m = -(-T // 8) * 8 * C + LANES, -(-T // 8) * 8 * out + LANES
+        room = -(-T // 8) * 8
+        v, m = room * C + LANES, room * out + LANES
         for t in range(T):
             image, row, column = (at + t) // (down * across), (at + t) // across % down, (at + t) % across
-            if image != ready:
-                _spread(x, image, shape, pad, 1, planes, PH, PW)
-                ready = image
-            _transform_data(r, r, planes, (row * PW + column) * _M * C, PW, C, V, t, v)
-        _multiply(r, r, V, U, 0, M, 0, -(-T // 8) * 8, C, out)
+            corner = ((image * PH + row * _M) * PW + column * _M) * C
+            _transform_data(r, r, x, corner, PW * C, C, C, V, t, v)
+        _multiply(r, r, V, U, 0, M, 0, room, C, out)
         for t in range(T):
             place = (at + t) // (down * across), (at + t) // across % down, (at + t) % across
             for n in range(0, out, LANES):
@@ -245,36 +230,30 @@ def _convolve(r, x, shape, w, bias, pad, activation, residual, y, out, block, ta
                 _finish(tile, 1, bias, activation, residual, y, (OH, OW, out), place, n)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _convolve_strided(x, shape, w, bias, pad, activation, residual, y, out, block, taps, U, planes, V, M):  # type: ignore[no-untyped-def]
-    """3×3, stride 2: taps 0 and 2 of each dimension meet the even inputs, tap 1 the odd ones."""
-    B, H, W, C = shape
-    OH, OW = (H + 2 * pad - 3) // 2 + 1, (W + 2 * pad - 3) // 2 + 1
+@njit(nogil=True, cache=True)
+def _convolve_strided(x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M):
+    """3×3, stride 2: taps 0 and 2 of each dimension meet the even pixels of x, tap 1 the odd ones."""
+    PH, PW = padded
+    B, OH, OW, out = shape
     down, across = -(-OH // _M), -(-OW // _M)
-    PH, PW = max(down * _M + 1, (H + pad + 1) // 2), max(across * _M + 1, (W + pad + 1) // 2)
     u1 = _transform_weights(2, 2, (0, 0), 2, w, 3, C, out, taps, U, 0)
     u2 = _transform_weights(2, 1, (0, 1), 2, w, 3, C, out, taps, U, u1)
     u3 = _transform_weights(1, 2, (1, 0), 2, w, 3, C, out, taps, U, u2)
     _transform_weights(1, 1, (1, 1), 2, w, 3, C, out, taps, U, u3)
-    planes[: 4 * PH * PW * C] = np.float32(0.0)
     size = _M * _M * LANES
     tile = np.empty(4 * size, np.float32)
-    ready = -1
     for at in range(0, B * down * across, block):
         T = min(block, B * down * across - at)
         room = -(-T // 8) * 8
         v, m = room * C + LANES, room * out + LANES
-        plane = PH * PW * C
         for t in range(T):
             image, row, column = (at + t) // (down * across), (at + t) // across % down, (at + t) % across
-            if image != ready:
-                _spread(x, image, shape, pad, 2, planes, PH, PW)
-                ready = image
-            corner = (row * PW + column) * _M * C
-            _transform_data(2, 2, planes, corner, PW, C, V, t, v)
-            _transform_data(2, 1, planes, corner + plane, PW, C, V[25 * v :], t, v)
-            _transform_data(1, 2, planes, corner + 2 * plane, PW, C, V[45 * v :], t, v)
-            _transform_data(1, 1, planes, corner + 3 * plane, PW, C, V[65 * v :], t, v)
+            corner = ((image * PH + row * 2 * _M) * PW + column * 2 * _M) * C
+            line, pixel = 2 * PW * C, 2 * C
+            _transform_data(2, 2, x, corner, line, pixel, C, V, t, v)
+            _transform_data(2, 1, x, corner + C, line, pixel, C, V[25 * v :], t, v)
+            _transform_data(1, 2, x, corner + PW * C, line, pixel, C, V[45 * v :], t, v)
+            _transform_data(1, 1, x, corner + PW * C + C, line, pixel, C, V[65 * v :], t, v)
         _multiply(2, 2, V, U, 0, M, 0, room, C, out)
         _multiply(2, 1, V[25 * v :], U, u1, M, 25 * m, room, C, out)
         _multiply(1, 2, V[45 * v :], U, u2, M, 45 * m, room, C, out)
@@ -290,14 +269,21 @@ def _convolve_strided(x, shape, w, bias, pad, activation, residual, y, out, bloc
 
 
 # Entry points of their own: asking for a literal from Python would compile anew at every call.
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _convolve3(x, shape, w, bias, pad, activation, residual, y, out, block, taps, U, planes, V, M):  # type: ignore[no-untyped-def]
-    _convolve(3, x, shape, w, bias, pad, activation, residual, y, out, block, taps, U, planes, V, M)
+@njit(nogil=True, cache=True)
+def _convolve3(x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M):
+    _convolve(3, x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _convolve5(x, shape, w, bias, pad, activation, residual, y, out, block, taps, U, planes, V, M):  # type: ignore[no-untyped-def]
-    _convolve(5, x, shape, w, bias, pad, activation, residual, y, out, block, taps, U, planes, V, M)
+@njit(nogil=True, cache=True)
+def _convolve5(x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M):
+    _convolve(5, x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M)
+
+
+def padding(H: int, W: int, size: int, stride: int, pad: int) -> tuple[int, int]:
+    """(PH, PW) of the images that ``convolve`` reads: H × W pixels from (pad, pad) on, zeros around."""
+    high, wide = (H + 2 * pad - size) // stride + 1, (W + 2 * pad - size) // stride + 1
+    last = (-(-high // _M) * _M - 1) * stride + size, (-(-wide // _M) * _M - 1) * stride + size
+    return max(last[0], H + pad), max(last[1], W + pad)
 
 
 def convolve(
@@ -305,7 +291,6 @@ def convolve(
     w: Floats,
     size: int,
     stride: int,
-    pad: int,
     bias: Floats,
     activation: int,
     residual: Floats,
@@ -314,23 +299,20 @@ def convolve(
 ) -> None:
     """y = activation(conv(x, w) + bias) + residual: 3×3 or 5×5 of stride 1, or 3×3 of stride 2.
 
-    x (B, H, W, C), w (out·C·size²,) in torch's order, y (B, OH, OW, out), C and out multiples of 16;
-    ``bias`` (out,) and ``residual`` (like y, flat) may be empty. ``scratch(name, floats)`` gives memory:
-    about 60 floats a weight and 1 MB.
+    x (B, PH, PW, C) as ``padding`` says, w (out·C·size²,) in torch's order, y (B, OH, OW, out), C and out
+    multiples of 16; ``bias`` (out,) and ``residual`` (like y, flat) may be empty. ``scratch(name, floats)``
+    gives memory: up to 6 floats a weight, and 81·32·(C + out).
     """
-    B, H, W, C = x.shape
-    _, OH, OW, out = y.shape
-    tiles = -(-OH // _M) * -(-OW // _M)
-    block = max(8, min(32, -(-tiles * B // 8) * 8))
+    _, PH, PW, C = x.shape
+    out = y.shape[3]
+    block = 32
     points = 81 if stride == 2 else (_M + size - 1) ** 2
     kernels = 36 if stride == 2 else points
-    plane = (-(-OH // _M) * _M + size + 2) * (-(-OW // _M) * _M + size + 2) * C
     work = (
         scratch("taps", size * size * C * out),
-        scratch("U", kernels * (C * out + LANES) + 4 * LANES),
-        scratch("planes", plane * stride * stride),
+        scratch("U", kernels * (C * out + LANES)),
         scratch("V", points * (block * C + LANES)),
         scratch("M", points * (block * out + LANES)),
     )
     run = _convolve_strided if stride == 2 else _convolve5 if size == 5 else _convolve3
-    run(x.reshape(-1), x.shape, w, bias, pad, activation, residual, y.reshape(-1), out, block, *work)
+    run(x.reshape(-1), (PH, PW), C, w, bias, activation, residual, y.reshape(-1), y.shape, block, *work)

@@ -6,14 +6,17 @@ torch's, as functions of their tensors. The columns of a first convolution are l
 directions. Nothing is swapped in and out of a module, so that directions run on several threads at once.
 
 A part with any layer or operation that is not listed here has no program and is measured as any module is.
+Imports the kernels: to be imported where ``baffle.kernels.available()``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from baffle.kernels import available
+from baffle.kernels import layers, winograd
 from baffle.runtimes.objective import Directions, Objective, Part
 from baffle.runtimes.onebyone import has_hooks, share
 from baffle.runtimes.prefix import traced
@@ -30,10 +33,10 @@ Floats = NDArray[np.float32]
 Step = Callable[["_Pass"], Any]
 _EMPTY: Floats = np.empty(0, dtype=np.float32)
 _LANES = 16
-_MOST_COLUMNS = 128  # of a first convolution: beyond that the columns are larger than what they save
+_MOST_COLUMNS = 128  # of a first convolution; more would be larger than what they save
 
-# Layers without parameters that are functions of one input, and operations: torch's own, called as they are.
-_PLAIN_LAYERS = (
+# Torch's own, called as they are: layers without parameters that are functions of one input, and operations.
+_LAYERS = (
     nn.AdaptiveAvgPool2d,
     nn.AvgPool2d,
     nn.MaxPool2d,
@@ -47,7 +50,7 @@ _PLAIN_LAYERS = (
     nn.Tanh,
     nn.Sigmoid,
 )
-_PLAIN_FUNCTIONS = (
+_FUNCTIONS = (
     operator.add,
     operator.mul,
     torch.add,
@@ -61,8 +64,32 @@ _PLAIN_FUNCTIONS = (
     F.max_pool2d,
     F.adaptive_avg_pool2d,
 )
-_PLAIN_METHODS = ("flatten",)
-_VIEWS = (nn.Flatten, nn.Identity, nn.Dropout, torch.flatten)
+_METHODS = ("flatten",)
+
+
+class _NoProgramError(Exception):
+    """Something in the graph that no step stands for."""
+
+
+class _Image(NamedTuple):
+    """A batch of images as kernels pass them on: H × W pixels from (pad, pad) on in ``data``."""
+
+    data: Floats  # (B, PH, PW, C), zeros around the pixels
+    H: int
+    W: int
+    pad: int
+
+    @property
+    def pixels(self) -> Floats:
+        """(B, H, W, C); contiguous where there is no margin."""
+        H, W, pad = self.H, self.W, self.pad
+        return self.data if self.data.shape[1:3] == (H, W) else self.data[:, pad : pad + H, pad : pad + W]
+
+    @property
+    def pitch(self) -> tuple[int, int]:
+        """Floats from one image, and from one line, to the next."""
+        _, PH, PW, C = self.data.shape
+        return PH * PW * C, PW * C
 
 
 class Memory:
@@ -79,7 +106,7 @@ class Memory:
             held = self._scratch[name] = np.empty(size, dtype=np.float32)
         return held
 
-    def take(self, shape: tuple[int, ...]) -> Floats:
+    def take(self, *shape: int) -> Floats:
         """An array of that shape with no values to rely on."""
         free = self._free.get(math.prod(shape))
         return (free.pop() if free else np.empty(math.prod(shape), dtype=np.float32)).reshape(shape)
@@ -92,61 +119,75 @@ class Memory:
 class _Pass:
     """One forward pass: the values of the nodes so far, the weights, and a worker's memory."""
 
-    def __init__(self, weights: list[Tensor], inputs: dict[fx.Node, Any], memory: Memory) -> None:
-        self.weights = weights
-        self.values: dict[fx.Node, Any] = dict(inputs)
-        self.memory = memory
+    def __init__(self, weights: Sequence[Tensor], inputs: dict[Any, Any], memory: Memory) -> None:
+        self.weights, self.memory = weights, memory
+        self.values: dict[Any, Any] = dict(inputs)
 
-    def image(self, node: fx.Node) -> Floats:
-        """A value as a C-contiguous NHWC array."""
+    def image(self, node: Any) -> _Image:
+        """A value as kernels take it."""
         value = self.values[node]
         if isinstance(value, Tensor):
-            value = value.permute(0, 2, 3, 1).contiguous().numpy()
-        result: Floats = value
-        return result
+            data = value.permute(0, 2, 3, 1).contiguous().numpy()
+            value = _Image(data, data.shape[1], data.shape[2], 0)
+        image: _Image = value
+        return image
+
+    def flat(self, node: Any) -> Floats:
+        """The pixels of an image, one behind the other."""
+        return np.ascontiguousarray(self.image(node).pixels).reshape(-1)
 
     def tensor(self, node: Any) -> Any:
-        """A value as torch has it: images are NCHW, with channels last in memory."""
-        value = self.values.get(node, node) if isinstance(node, fx.Node) else node
-        return torch.from_numpy(value).permute(0, 3, 1, 2) if isinstance(value, np.ndarray) else value
+        """A value as torch takes it: images are NCHW, with channels last in memory."""
+        value = self.values[node] if isinstance(node, fx.Node) else node
+        return torch.from_numpy(value.pixels).permute(0, 3, 1, 2) if isinstance(value, _Image) else value
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A convolution that a kernel does."""
+
+    kernel: str  # "columns": laid out once for all directions; "point": 1×1; "winograd"
+    size: int
+    stride: int
+    pad: int
+    out: int
 
 
 class Program:
-    """The steps of one part. ``Program.of`` makes it, or says that there is none."""
+    """The steps of one part; ``Program.of`` makes it, or says that there is none.
+
+    ``gains`` is the number of convolutions that take fewer multiplications here than in torch.
+    """
 
     def __init__(self, part: Part, module: nn.Module, graph: fx.Graph) -> None:
         self._part, self._module = part, module
-        self._steps: list[tuple[fx.Node, Step, list[fx.Node]]] = []
-        self._columns: dict[fx.Node, tuple[fx.Node, dict[str, Any]]] = {}
-        self._kernel_made: set[fx.Node] = set()
-        self.convolutions = 0  # that a kernel with fewer multiplications does
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self._output: fx.Node | None = None
-        self._merged: dict[fx.Node, fx.Node] = {}  # a node → the one behind it that its step computes
+        (end,) = (node for node in graph.nodes if node.op == "output")
+        if not isinstance(end.args[0], fx.Node):
+            raise _NoProgramError
+        self._output = end.args[0]
         nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        self._convolutions = {node: found for node in nodes if (found := self._convolution_at(node))}
+        self.gains = sum(c.kernel == "winograd" for c in self._convolutions.values())
+        self._behind: dict[fx.Node, fx.Node] = {}  # a node → the one behind it that its step computes too
         for node in nodes:
             self._fuse(node)
+        self._images: set[fx.Node] = set()  # whose values lie in a worker's memory
+        self._steps: list[tuple[fx.Node, Step, list[fx.Node]]] = []
         for node in nodes:
-            if node not in self._merged and (node.users or node.op != "get_attr"):
+            if node not in self._behind:
                 self._steps.append((node, self._step(node), []))
-        (output,) = (node for node in graph.nodes if node.op == "output")
-        if not isinstance(output.args[0], fx.Node):
-            raise _NoProgramError
-        self._output = output.args[0]
         self._bury()
 
     @classmethod
     def of(cls, part: Part) -> Program | None:
-        """The part's program, or None where there is none or it would gain nothing.
+        """The part's program, or None where there is none, or nothing to gain.
 
-        All of it must be float32 on the CPU, and at least one convolution a kernel's.
+        Everything in the part must be float32 and lie on the CPU.
         """
-        tensors = [*part.frozen.values(), *(b for b in part.buffers.values() if b.is_floating_point())]
-        if not available() or part.wide != torch.float32 or has_hooks(part.module):
-            return None
-        if {*part.dtypes, *(t.dtype for t in tensors)} != {torch.float32}:
-            return None
-        if any(t.device.type != "cpu" for t in tensors):
+        fixed = [*part.frozen.values(), *(b for b in part.buffers.values() if b.is_floating_point())]
+        kinds = {*part.dtypes, *(t.dtype for t in fixed), part.wide}
+        if kinds != {torch.float32} or any(t.device.type != "cpu" for t in fixed) or has_hooks(part.module):
             return None
         found = traced(part.module)
         if found is None:
@@ -155,277 +196,294 @@ class Program:
             program = cls(part, *found)
         except _NoProgramError:
             return None
-        return program if program.convolutions else None
+        return program if program.gains else None
 
-    def outputs(self, weights: list[Tensor], inputs: dict[fx.Node, Any], memory: Memory) -> Any:
+    def enter(self, objective: Objective) -> dict[Any, Any]:
+        """A batch, ready for ``outputs``. Memory: the taps of a first convolution times its outputs."""
+        inputs: dict[Any, Any] = dict(zip(self._inputs, objective.inputs, strict=True))
+        for node, c in self._convolutions.items():
+            if c.kernel == "columns":
+                data = _columns(inputs[node.args[0]], c.size, c.stride, c.pad)
+                inputs["columns", node] = _Image(data, data.shape[1], data.shape[2], 0)
+        return inputs
+
+    def outputs(self, weights: Sequence[Tensor], inputs: dict[Any, Any], memory: Memory) -> Any:
         """The part's outputs for ``weights``, the trainable tensors in the order of the layout."""
         here = _Pass(weights, inputs, memory)
         for node, step, dead in self._steps:
             here.values[node] = step(here)
             for gone in dead:
-                memory.give(here.values.pop(gone))
+                memory.give(here.values.pop(gone).data)
         return here.tensor(self._output)
 
-    def enter(self, objective: Objective) -> dict[fx.Node, Any]:
-        """The inputs by node, and the columns of the first convolutions. Memory: taps times the inputs."""
-        inputs: dict[fx.Node, Any] = dict(zip(self._inputs, objective.inputs, strict=True))
-        for node, (source, window) in self._columns.items():
-            inputs[_key(node)] = _columns(inputs[source], **window)
-        return inputs
+    def agrees(self, objective: Objective, origin: Tensor) -> bool:
+        """Whether the program gives the losses of the module itself, to rounding. Cost: two forward passes.
 
-    # -- from nodes to steps ------------------------------------------------------------------------
+        False for a module whose layers were traced as something that they are not.
+        """
+        weights = objective.part.cast(origin + 0.01 * torch.arange(len(origin)).cos())
+        try:
+            here = objective.checked(self.outputs(weights, self.enter(objective), Memory()))
+        except Exception:  # shapes that the steps cannot take: then torch says what is wrong, or right
+            return False
+        there = objective.per_sample(weights)
+        return bool(torch.allclose(here, there, rtol=1e-4, atol=1e-4 * float(there.abs().max())))
+
+    # -- what becomes one step ----------------------------------------------------------------------
 
     def _layer(self, node: Any) -> nn.Module | None:
-        if isinstance(node, fx.Node) and node.op == "call_module":
-            return self._module.get_submodule(str(node.target))
+        called = isinstance(node, fx.Node) and node.op == "call_module"
+        return self._module.get_submodule(str(node.target)) if called else None
+
+    def _convolution_at(self, node: fx.Node) -> _Convolution | None:
+        """What a kernel must know of a convolution; None for anything that stays torch's."""
+        c = self._layer(node)
+        if type(c) is not nn.Conv2d or c.groups != 1 or c.padding_mode != "zeros" or c.out_channels % _LANES:
+            return None
+        size, stride, pad, dilation = map(_both, (c.kernel_size, c.stride, c.padding, c.dilation))
+        if size is None or stride is None or pad is None or dilation != 1:
+            return None
+        if node.args[0] in self._inputs and c.in_channels * size * size <= _MOST_COLUMNS:
+            return _Convolution("columns", size, stride, pad, c.out_channels)
+        if size == 1 and pad == 0:
+            return _Convolution("point", 1, stride, 0, c.out_channels)
+        if (size, stride) in ((3, 1), (5, 1), (3, 2)) and c.in_channels % _LANES == 0:
+            return _Convolution("winograd", size, stride, pad, c.out_channels)
         return None
 
     def _activation(self, node: fx.Node) -> int | None:
-        from baffle.kernels import winograd
-
-        if type(self._layer(node)) is nn.ReLU or node.target in (F.relu, torch.relu):
+        layer = self._layer(node)
+        if type(layer) is nn.ReLU or node.target in (F.relu, torch.relu):
             return winograd.RELU
-        if type(self._layer(node)) is nn.Hardswish or node.target is F.hardswish:
+        if type(layer) is nn.Hardswish or node.target is F.hardswish:
             return winograd.HARDSWISH
         return None
 
-    def _fuse(self, node: fx.Node) -> None:
-        """Finds what is computed with a convolution or a norm: what alone reads its result."""
-        layer = self._layer(node)
-        if type(layer) is nn.GroupNorm and self._only_reader(node, self._activation) is not None:
-            self._merged[node] = self._only_reader(node, self._activation)
-        if type(layer) is not nn.Conv2d or self._kind(node) is None:
-            return
-        last = node
-        if (behind := self._only_reader(last, self._activation)) is not None:
-            self._merged[last], last = behind, behind
-        if self._kind(node) == "columns" and (behind := self._only_reader(last, self._halves)) is not None:
-            self._merged[last] = behind
-        elif (behind := self._only_reader(last, self._adds)) is not None:
-            other = behind.args[1] if behind.args[0] is last else behind.args[0]
-            # The other summand of one addition must not itself wait for it.
-            if isinstance(other, fx.Node) and other is not last and other not in self._merged:
-                self._merged[last] = behind
-
-    def _only_reader(self, node: fx.Node, wanted: Callable[[fx.Node], Any]) -> fx.Node | None:
-        users = list(node.users)
-        if len(users) != 1 or node.op == "output" or users[0].op == "output" or wanted(users[0]) is None:
-            return None
-        return users[0]
-
     def _halves(self, node: fx.Node) -> bool | None:
         """2×2 max-pooling."""
-        layer = self._layer(node)
-        if type(layer) is not nn.MaxPool2d:
+        pool = self._layer(node)
+        if type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices:
             return None
-        sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        plain = [_both(size) for size in sizes] == [2, 2, 0, 1]
-        return True if plain and not layer.ceil_mode and not layer.return_indices else None
+        sizes = [_both(size) for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+        return True if sizes == [2, 2, 0, 1] else None
 
     def _adds(self, node: fx.Node) -> bool | None:
-        both = len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args)
-        return True if node.target in (operator.add, torch.add) and both and not node.kwargs else None
+        two = len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args)
+        return True if node.target in (operator.add, torch.add) and two and not node.kwargs else None
 
-    def _kind(self, node: fx.Node) -> str | None:
-        """Which kernel does a convolution: "columns", "point", "3", "5", "strided", or None for torch."""
-        c = self._layer(node)
-        assert isinstance(c, nn.Conv2d)
-        size, stride, pad, dilation = (_both(x) for x in (c.kernel_size, c.stride, c.padding, c.dilation))
-        if None in (size, stride, pad, dilation) or c.groups != 1 or c.padding_mode != "zeros":
-            return None
-        if c.out_channels % _LANES or dilation != 1:
-            return None
-        if size is None or stride is None or pad is None:
-            return None
-        if node.args[0] in self._inputs and c.in_channels * size * size <= _MOST_COLUMNS:
-            return "columns"
-        if size == 1 and pad == 0:
-            return "point"
-        if c.in_channels % _LANES == 0 and pad < size:
-            return {(3, 1): "3", (5, 1): "5", (3, 2): "strided"}.get((size, stride))
-        return None
+    def _fuse(self, node: fx.Node) -> None:
+        """Finds what is computed along with a convolution or a norm: what alone reads its result."""
 
-    def _parameter(self, name: str) -> Callable[[_Pass], Tensor]:
-        part = self._part
-        if name in part.trainable:
-            index = part.trainable[name]
-            return lambda here: here.weights[index]
-        fixed = part.frozen.get(name, part.buffers.get(name))
-        if fixed is None:
-            raise _NoProgramError
-        return lambda here: fixed
+        def extend(last: fx.Node, wanted: Callable[[fx.Node], Any]) -> fx.Node:
+            users = list(last.users)
+            if len(users) != 1 or last is self._output or wanted(users[0]) is None:
+                return last
+            if users[0] in self._behind.values():  # an addition that another convolution does already
+                return last
+            self._behind[last] = users[0]
+            return users[0]
 
-    def _flat(self, owner: nn.Module, target: str, name: str) -> Callable[[_Pass], Floats]:
-        """A layer's parameter as a flat array, empty where it has none."""
-        if getattr(owner, name) is None:
-            return lambda here: _EMPTY
-        own = self._parameter(f"{target}.{name}")
-        return lambda here: own(here).detach().reshape(-1).numpy()
+        norm = self._layer(node)
+        if node in self._convolutions:
+            last = extend(node, self._activation)
+            if self._convolutions[node].kernel != "columns" or extend(last, self._halves) is last:
+                extend(last, self._adds)
+        elif type(norm) is nn.GroupNorm and norm.num_channels % _LANES == 0:
+            extend(node, self._activation)
+
+    def _chain(self, node: fx.Node) -> list[fx.Node]:
+        """What one step computes, first to last; ``node`` is the last."""
+        chain = [node]
+        while before := next((n for n, behind in self._behind.items() if behind is chain[0]), None):
+            chain.insert(0, before)
+        return chain
+
+    def _margin(self, node: fx.Node) -> tuple[int, list[_Convolution]]:
+        """The padding that a result is best laid out with, and the convolutions that will read it so."""
+        readers = [c for user in node.users if (c := self._convolutions.get(user)) and c.kernel == "winograd"]
+        pads = {c.pad for c in readers}
+        return (pads.pop(), readers) if len(pads) == 1 else (0, [])
+
+    # -- steps --------------------------------------------------------------------------------------
 
     def _step(self, node: fx.Node) -> Step:
-        chain = [node]  # what this step computes, first to last
-        while before := [n for n, behind in self._merged.items() if behind is chain[0]]:
-            chain.insert(0, before[0])
-        layer = self._layer(chain[0])
-        if type(layer) is nn.Conv2d and self._kind(chain[0]) is not None:
-            return self._convolution(chain)
-        if type(layer) is nn.GroupNorm and layer.num_channels % _LANES == 0:
-            return self._group_norm(chain)
-        if len(chain) > 1:
-            del self._merged[chain[0]]
-            raise _NoProgramError
-        return self._torch_step(node)
+        chain = self._chain(node)
+        if chain[0] in self._convolutions:
+            self._images.add(node)
+            return self._convolution(chain, self._convolutions[chain[0]])
+        if type(norm := self._layer(chain[0])) is nn.GroupNorm and norm.num_channels % _LANES == 0:
+            self._images.add(node)
+            return self._group_norm(chain, norm)
+        return self._torch(node)
 
-    def _convolution(self, chain: list[fx.Node]) -> Step:
-        from baffle.kernels import layers, winograd
+    def _parameter(self, node: fx.Node, name: str) -> Callable[[_Pass], Any]:
+        """A layer's own tensor, None where it has none."""
+        part, full = self._part, f"{node.target}.{name}"
+        if getattr(self._layer(node), name) is None:
+            return lambda here: None
+        if full in part.trainable:
+            index = part.trainable[full]
+            return lambda here: here.weights[index]
+        fixed = part.frozen[full]
+        return lambda here: fixed
 
-        node = chain[0]
-        layer = self._layer(node)
-        assert isinstance(layer, nn.Conv2d)
-        kind, target = self._kind(node), str(node.target)
-        weight, bias = self._flat(layer, target, "weight"), self._flat(layer, target, "bias")
+    def _flat(self, node: fx.Node, name: str) -> Callable[[_Pass], Floats]:
+        """A layer's parameter as a flat array, empty where it has none."""
+        parameter = self._parameter(node, name)
+
+        def flat(here: _Pass) -> Floats:
+            values = parameter(here)
+            return _EMPTY if values is None else values.reshape(-1).numpy()
+
+        return flat
+
+    def _convolution(self, chain: list[fx.Node], c: _Convolution) -> Step:
+        node, source = chain[0], chain[0].args[0]
+        weight, bias = self._flat(node, "weight"), self._flat(node, "bias")
         activation, pool, summand = winograd.NONE, 1, None
-        for before, behind in zip(chain, chain[1:], strict=False):
+        for before, behind in itertools.pairwise(chain):
             if (found := self._activation(behind)) is not None:
                 activation = found
             elif self._halves(behind):
                 pool = 2
             else:
                 summand = behind.args[1] if behind.args[0] is before else behind.args[0]
-        self._kernel_made.add(chain[-1])
-        size, stride, pad = layer.kernel_size[0], layer.stride[0], _both(layer.padding)
-        out, source = layer.out_channels, node.args[0]
-        assert isinstance(source, fx.Node) and isinstance(pad, int)
-        if kind == "columns":
-            self._columns[node] = source, {"size": size, "stride": stride, "pad": pad}
+        margin = self._margin(chain[-1])
+        origin = ("columns", node) if c.kernel == "columns" else source
+        stride = 1 if c.kernel == "columns" else c.stride
 
-        def residual(here: _Pass) -> Floats:
-            return here.image(summand).reshape(-1) if isinstance(summand, fx.Node) else _EMPTY
-
-        def project(here: _Pass) -> Floats:
-            x = here.values[_key(node)] if kind == "columns" else here.image(source)
-            step = 1 if kind == "columns" else stride
-            B, H, W, _ = x.shape
-            y = here.memory.take((B, -(-H // step) // pool, -(-W // step) // pool, out))
+        def project(here: _Pass) -> _Image:
+            x = here.image(origin)
+            B, _, PW, C = x.data.shape
+            H, W = (((edge - 1) // stride + 1) // pool for edge in (x.H, x.W))
+            y = _room(here, B, H, W, c.out, margin)
+            residual = _EMPTY if summand is None else here.flat(summand)
             layers.project(
-                x.reshape(-1), x.shape, step, weight(here), bias(here), activation, pool,
-                residual(here), y.reshape(-1), out,
+                x.data.reshape(-1), (x.pad * PW + x.pad) * C, x.pitch, stride, weight(here), C, bias(here),
+                activation, pool, residual,
+                y.data.reshape(-1), (B, y.H, y.W, c.out), y.pad, y.data.shape[1:3],
             )  # fmt: skip
             return y
 
-        def minimal(here: _Pass) -> Floats:
+        def filter_(here: _Pass) -> _Image:
             x = here.image(source)
-            B, H, W, _ = x.shape
-            shape = B, (H + 2 * pad - size) // stride + 1, (W + 2 * pad - size) // stride + 1, out
-            y = here.memory.take(shape)
+            B, C = x.data.shape[0], x.data.shape[3]
+            high, wide = winograd.padding(x.H, x.W, c.size, c.stride, c.pad)
+            if x.pad != c.pad or x.data.shape[1] < high or x.data.shape[2] < wide:
+                padded = here.memory.scratch("padded", B * high * wide * C)[: B * high * wide * C]
+                layers.pad_images(here.flat(source), (B, x.H, x.W, C), c.pad, (high, wide), padded)
+                x = _Image(padded.reshape(B, high, wide, C), x.H, x.W, c.pad)
+            H, W = ((edge + 2 * c.pad - c.size) // c.stride + 1 for edge in (x.H, x.W))
+            y = here.memory.take(B, H, W, c.out)
+            residual = _EMPTY if summand is None else here.flat(summand)
             winograd.convolve(
-                x, weight(here), size, stride, pad, bias(here), activation, residual(here), y,
+                x.data,
+                weight(here),
+                c.size,
+                c.stride,
+                bias(here),
+                activation,
+                residual,
+                y,
                 here.memory.scratch,
-            )  # fmt: skip
-            return y
+            )
+            return _Image(y, H, W, 0)
 
-        if kind in ("columns", "point"):
-            return project
-        self.convolutions += 1
-        return minimal
+        return filter_ if c.kernel == "winograd" else project
 
-    def _group_norm(self, chain: list[fx.Node]) -> Step:
-        from baffle.kernels import layers, winograd
-
-        layer, target, source = self._layer(chain[0]), str(chain[0].target), chain[0].args[0]
-        assert isinstance(layer, nn.GroupNorm) and isinstance(source, fx.Node)
-        weight, bias = self._flat(layer, target, "weight"), self._flat(layer, target, "bias")
+    def _group_norm(self, chain: list[fx.Node], layer: nn.GroupNorm) -> Step:
+        node, source, margin = chain[0], chain[0].args[0], self._margin(chain[-1])
+        weight, bias = self._flat(node, "weight"), self._flat(node, "bias")
         activation = self._activation(chain[1]) if len(chain) > 1 else winograd.NONE
         groups, eps = layer.num_groups, layer.eps
-        self._kernel_made.add(chain[-1])
 
-        def norm(here: _Pass) -> Floats:
+        def norm(here: _Pass) -> _Image:
             x = here.image(source)
-            y = here.memory.take(x.shape)
+            B, C = x.data.shape[0], x.data.shape[3]
+            y = _room(here, B, x.H, x.W, C, margin)
             layers.group_norm(
-                x.reshape(-1), x.shape, groups, eps, weight(here), bias(here), activation, y.reshape(-1)
-            )
+                here.flat(source), (B, x.H, x.W, C), groups, eps, weight(here), bias(here), activation,
+                y.data.reshape(-1), y.pad, y.data.shape[1:3],
+            )  # fmt: skip
             return y
 
         return norm
 
-    def _torch_step(self, node: fx.Node) -> Step:
+    def _torch(self, node: fx.Node) -> Step:
         layer, args, kwargs = self._layer(node), node.args, node.kwargs
-        if any(isinstance(value, list | tuple | dict | slice) for value in (*args, *kwargs.values())):
-            sizes_only = not fx.node.map_arg((args, kwargs), lambda n: n) or all(
-                not isinstance(x, fx.Node) for value in (*args, *kwargs.values())
-                if isinstance(value, list | tuple) for x in value
-            )  # fmt: skip
-            if not sizes_only:
-                raise _NoProgramError
-        if getattr(layer, "inplace", False) or kwargs.get("inplace") or True in args:
+        nested = [x for value in (*args, *kwargs.values()) if isinstance(value, list | tuple) for x in value]
+        if any(isinstance(x, fx.Node) for x in (*nested, *kwargs.values())):
             raise _NoProgramError
+        if getattr(layer, "inplace", False) or any(x is True for x in (*args, kwargs.get("inplace"))):
+            raise _NoProgramError
+
+        def first(here: _Pass) -> Any:
+            return here.tensor(args[0])
 
         def values(here: _Pass) -> list[Any]:
             return [here.tensor(arg) for arg in args]
 
-        if layer is not None:
-            target = str(node.target)
-            if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
-                weight, bias = self._parameter(f"{target}.weight"), self._optional(layer, target, "bias")
-                rest = layer.stride, layer.padding, layer.dilation, layer.groups
-                return lambda here: F.conv2d(
-                    *values(here),
-                    weight(here).contiguous(memory_format=torch.channels_last),
-                    bias(here),
-                    *rest,
-                )
+        if type(layer) in (nn.Conv2d, nn.Linear, nn.GroupNorm):
+            weight, bias = self._parameter(node, "weight"), self._parameter(node, "bias")
             if type(layer) is nn.Linear:
-                weight, bias = self._parameter(f"{target}.weight"), self._optional(layer, target, "bias")
-                return lambda here: F.linear(*values(here), weight(here), bias(here))
+                return lambda here: F.linear(first(here), weight(here), bias(here))
             if type(layer) is nn.GroupNorm:
-                weight, bias = self._optional(layer, target, "weight"), self._optional(layer, target, "bias")
                 groups, eps = layer.num_groups, layer.eps
-                return lambda here: F.group_norm(*values(here), groups, weight(here), bias(here), eps)
-            if type(layer) in _PLAIN_LAYERS:
-                plain = layer
-                return lambda here: plain(*values(here))
-        elif node.op == "call_function" and node.target in _PLAIN_FUNCTIONS:
+                return lambda here: F.group_norm(first(here), groups, weight(here), bias(here), eps)
+            if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+                rest: Any = layer.stride, layer.padding, layer.dilation, layer.groups
+
+                def convolve(here: _Pass) -> Tensor:
+                    w = weight(here).contiguous(memory_format=torch.channels_last)
+                    return F.conv2d(first(here), w, bias(here), *rest)
+
+                return convolve
+        elif type(layer) is nn.AdaptiveAvgPool2d and _both(layer.output_size) == 1:
+            return lambda here: _average(here, args[0])
+        elif type(layer) in _LAYERS:
+            plain: Any = layer
+            return lambda here: plain(*values(here))
+        elif node.op == "call_function" and node.target in _FUNCTIONS:
             function: Any = node.target
             return lambda here: function(*values(here), **kwargs)
-        elif node.op == "call_method" and node.target in _PLAIN_METHODS:
-            method = str(node.target)
-            return lambda here: getattr(here.tensor(args[0]), method)(*args[1:], **kwargs)
+        elif node.op == "call_method" and node.target in _METHODS:
+            return lambda here: getattr(first(here), str(node.target))(*args[1:], **kwargs)
         raise _NoProgramError
 
-    def _optional(self, layer: nn.Module, target: str, name: str) -> Callable[[_Pass], Tensor | None]:
-        if getattr(layer, name) is None:
-            return lambda here: None
-        return self._parameter(f"{target}.{name}")
-
     def _bury(self) -> None:
-        """After which step each kernel's result is read no more: then its memory serves the next."""
-        keeps: set[fx.Node] = {self._output} if self._output is not None else set()
+        """After which step an image is read no more: then its memory serves the next.
+
+        What torch reads is left alone: its result may be a view.
+        """
         last: dict[fx.Node, int] = {}
+        kept = {self._output}
         for i, (node, _, _) in enumerate(self._steps):
-            chain = [node, *(n for n in self._merged if self._behind(n) is node)]
-            for member in chain:
-                for source in member.all_input_nodes:
-                    last[source] = i
-                    target = self._layer(node) if node.op == "call_module" else node.target
-                    if type(target) in _VIEWS or target in _VIEWS or node.op == "call_method":
-                        keeps.add(source)
+            for source in {source for member in self._chain(node) for source in member.all_input_nodes}:
+                last[source] = i
+                if node not in self._images:
+                    kept.add(source)
         for node, i in last.items():
-            if node in self._kernel_made and node not in keeps:
+            if node in self._images - kept:
                 self._steps[i][2].append(node)
 
-    def _behind(self, node: fx.Node) -> fx.Node:
-        while node in self._merged:
-            node = self._merged[node]
-        return node
+
+def _room(here: _Pass, B: int, H: int, W: int, C: int, margin: tuple[int, list[_Convolution]]) -> _Image:
+    """Memory for an image, with the margin that its readers want."""
+    pad, readers = margin
+    sizes = [winograd.padding(H, W, c.size, c.stride, c.pad) for c in readers] or [(H, W)]
+    high, wide = max(h for h, _ in sizes), max(w for _, w in sizes)
+    return _Image(here.memory.take(B, high, wide, C), H, W, pad)
 
 
-class _NoProgramError(Exception):
-    """Something in the graph that no step stands for."""
-
-
-def _key(node: fx.Node) -> Any:
-    return ("columns", node)
+def _average(here: _Pass, node: Any) -> Tensor:
+    """Global average pooling: (B, C, 1, 1)."""
+    x = here.image(node)
+    B, C = x.data.shape[0], x.data.shape[3]
+    if C % _LANES:
+        return F.adaptive_avg_pool2d(here.tensor(node), 1)
+    y = np.empty(B * C, dtype=np.float32)
+    layers.average(here.flat(node), (B, x.H, x.W, C), y)
+    return torch.from_numpy(y).reshape(B, C, 1, 1)
 
 
 def _both(size: Any) -> int | None:
@@ -436,12 +494,12 @@ def _both(size: Any) -> int | None:
 
 
 def _columns(x: Tensor, size: int, stride: int, pad: int) -> Floats:
-    """x (B, C, H, W) → (B, OH, OW, C·size²): under every output pixel what the kernel sees there."""
+    """x (B, C, H, W) → (B, OH, OW, C·size²): for every output pixel, what the kernel sees there."""
     B, C, H, W = x.shape
     high, wide = (H + 2 * pad - size) // stride + 1, (W + 2 * pad - size) // stride + 1
     rows = F.unfold(x.contiguous(), size, padding=pad, stride=stride).transpose(1, 2).contiguous()
-    result: Floats = rows.numpy().reshape(B, high, wide, C * size * size)
-    return result
+    columns: Floats = rows.numpy().reshape(B, high, wide, C * size * size)
+    return columns
 
 
 def by_program(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from baffle.errors import ConfigError, PrecisionError
+from baffle.kernels import available
 from baffle.perturbations import Layout, Perturbation
 from baffle.runtimes import Batch
 from baffle.runtimes.batched import FEWEST, MOST_ON_CPU, Survey, batched, chunk_for, pays, survey
@@ -146,6 +147,8 @@ class TorchRuntime:
         self._prefix_names = {} if self._prefix is None else self._names_in(self._prefix.before)
         self._surveys: dict[tuple[object, ...], Survey] = {}
         self._replicas: list[Replica] = []
+        self._program: Any = None  # not known before the first measurement; False where there is none
+        self._memories: list[Any] = []
         self._replicable: bool | None = None  # not known before the first measurement
         self._batchable = True
         self._held: tuple[Batch, Objective] | None = None
@@ -265,6 +268,13 @@ class TorchRuntime:
         self, objective: Objective, origin: Tensor, directions: Sequence[int], scale: float, rows: Directions
     ) -> NDArray[np.float64]:
         """Mean losses (len(directions),) at W + scale·z_k, by the way that suits the part and the device."""
+        if self._programmable(objective, origin):
+            from baffle.runtimes.program import Memory, by_program
+
+            while len(self._memories) < min(torch.get_num_threads(), len(directions)):
+                self._memories.append(Memory())
+            memories = self._memories[: max(1, min(torch.get_num_threads(), len(directions)))]
+            return by_program(self._program, memories, objective, origin, directions, scale, rows)
         if self._batchable and directions and not has_hooks(self._part.module):
             seen = self._survey(objective, origin)
             if pays(seen, self.device):
@@ -280,6 +290,22 @@ class TorchRuntime:
                     self._batchable = False
                     return losses
         return self._one_by_one(objective, origin, directions, scale, rows)
+
+    def _programmable(self, objective: Objective, origin: Tensor) -> bool:
+        """Whether the part has a program, that this batch suits. The first time costs two forward passes."""
+        if self._program is False or has_hooks(self._part.module) or not on_own_threads():
+            return False
+        (x,) = objective.inputs if len(objective.inputs) == 1 else (None,)
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() != 4:
+            return False
+        if self._program is None:
+            self._program = False
+            if self.device.type == "cpu" and available():
+                from baffle.runtimes.program import Program
+
+                program = Program.of(self._part)
+                self._program = program if program and program.agrees(objective, origin) else False
+        return self._program is not False
 
     def _one_by_one(
         self, objective: Objective, origin: Tensor, directions: Sequence[int], scale: float, rows: Directions
@@ -373,14 +399,15 @@ class TorchRuntime:
 
         def rows(directions: Sequence[int]) -> list[Tensor]:
             found = {k: kept[k] for k in directions if k in kept}
-            for k in directions:
-                if k not in found:
-                    values = perturbation.values(stream, k, self._layout, 0, n, self._arrays)
-                    with torch.inference_mode(False):  # kept ones serve derivatives too
-                        found[k] = torch.as_tensor(values).to(self._wide)
-                    with self._keeping:
-                        if len(kept) < self.chunk:
-                            kept[k] = found[k]
+            for run in _runs({k for k in directions if k not in found}):
+                values = perturbation.values(stream, run, self._layout, 0, n, self._arrays)
+                with torch.inference_mode(False):  # kept ones serve derivatives too
+                    block = torch.as_tensor(values).to(self._wide)
+                    found.update(zip(run, block, strict=True))
+                with self._keeping:
+                    room = max(0, self.chunk - len(kept))
+                    # A row keeps its whole block alive, unless it is a copy.
+                    kept.update((k, found[k] if len(run) <= room else found[k].clone()) for k in run[:room])
             return [found[k] for k in directions]
 
         return rows
@@ -426,6 +453,17 @@ class TorchRuntime:
 
     def _input_dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _runs(numbers: set[int]) -> list[range]:
+    """The numbers as ascending ranges without gaps."""
+    runs: list[range] = []
+    for k in sorted(numbers):
+        if runs and runs[-1].stop == k:
+            runs[-1] = range(runs[-1].start, k + 1)
+        else:
+            runs.append(range(k, k + 1))
+    return runs
 
 
 def _nowhere(origin: Tensor) -> Directions:
