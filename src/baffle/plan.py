@@ -59,7 +59,7 @@ class _Reader:
         self.at += size
         return self.data[self.at - size : self.at]
 
-    def unpack(self, form: str) -> tuple[int | float, ...]:
+    def unpack(self, form: str) -> tuple[Any, ...]:
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
 
     def integer(self, form: str) -> int:
@@ -294,8 +294,8 @@ class RoundResult:
     def decode(cls, data: bytes) -> RoundResult:
         r = _Reader(data, cls.KIND)
         with _decoding("an answer"):
-            round_, digest, samples = r.integer("Q"), r.take(DIGEST_BYTES), r.integer("Q")
-            values = r.array("<f4", r.integer("I"))
+            round_, digest, samples, count = r.unpack(f"Q{DIGEST_BYTES}sQI")
+            values = r.array("<f4", count)
             r.end()
             return cls(round_, digest, samples, values)
 
