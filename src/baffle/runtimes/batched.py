@@ -117,6 +117,7 @@ def batched(
 
         return measure
 
+    objective = objective.contiguous()
     out = np.empty(len(directions))
     places = range(len(directions))
     if origin.device.type == "cpu":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Objective:
     loss: Loss
     inputs: tuple[Any, ...]
     targets: Tensor
+
+    def contiguous(self) -> Objective:
+        """The same with inputs in the common order of memory: some transforms of torch know no other."""
+        inputs = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in self.inputs)
+        return replace(self, inputs=inputs)
 
     def outputs(self, weights: Sequence[Tensor], module: nn.Module | None = None) -> Any:
         """The part's outputs by a functional call, with ``weights`` in place of the trainable tensors.

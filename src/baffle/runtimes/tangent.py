@@ -9,7 +9,7 @@ convolutions stay plain ones, on a GPU and on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ def derivatives(
     ConfigError for a module with an operation that has no forward derivative.
     """
     part = objective.part
+    objective = objective.contiguous()
     weights = tuple(part.cast(origin))
     loss = float(objective.mean(weights))
 
@@ -40,18 +41,19 @@ def derivatives(
     def one_by_one(z: Tensor) -> Tensor:
         return torch.stack([along(row) for row in z])
 
-    ways: list[Callable[[Tensor], Tensor]] = [torch.func.vmap(along), one_by_one]
-    while True:
+    with quiet():
         try:
-            with quiet():
-                return loss, in_chunks(ways[0], directions, rows, chunk)
-        except (ConfigError, torch.OutOfMemoryError):
+            return loss, in_chunks(torch.func.vmap(along), directions, rows, chunk)
+        except torch.OutOfMemoryError:
             raise
-        except Exception as error:
-            if "forward AD" in str(error) or "forward-mode AD" in str(error):
-                raise ConfigError(
-                    f"the scheme tangent cannot go through this module: {error}; use forward or central"
-                ) from error
-            if len(ways) == 1:
-                raise
-            del ways[0]  # control flow that depends on values, for one
+        except Exception:  # control flow that depends on values, for one
+            pass
+        try:
+            return loss, in_chunks(one_by_one, directions, rows, chunk)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the loss alone could be computed
+            why = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                f"the scheme tangent cannot go through this module ({why}): use forward or central"
+            ) from error

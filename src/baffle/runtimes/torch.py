@@ -275,7 +275,9 @@ class TorchRuntime:
                 self._memories.append(Memory())
             memories = self._memories[: max(1, min(torch.get_num_threads(), len(directions)))]
             return by_program(self._program, memories, objective, origin, directions, scale, rows)
-        if self._batchable and directions and not has_hooks(self._part.module):
+        if not directions:
+            return np.empty(0)
+        if self._batchable and not has_hooks(self._part.module):
             seen = self._survey(objective, origin)
             if pays(seen, self.device):
                 try:
