@@ -340,14 +340,28 @@ def tangent(size: Size, device: str = "cpu") -> Figures:
         "seconds": turns.summary(),
         "figures": {
             **{
-                f"correlation, {precision}": float(
-                    np.corrcoef(exact, propagated.slopes(runtime, weights, batch, stream).slopes)[0, 1]
-                )
+                f"1 − correlation, {precision}": 1.0
+                - float(np.corrcoef(exact, propagated.slopes(runtime, weights, batch, stream).slopes)[0, 1])
                 for precision, runtime in runtimes.items()
             },
             "forward / tangent": turns.ratio("forward, float32", "tangent, float32"),
             "forward / tangent in bfloat16": turns.ratio("forward, float32", "tangent, bfloat16"),
         },
+    }
+
+
+def low_rank(size: Size) -> Figures:
+    """The share of plain inference's throughput that rank-1 directions reach, network by network."""
+    from low_rank import NETWORKS, speed  # which takes its turns from here
+
+    networks = list(NETWORKS) if size is FULL else list(NETWORKS)[2:]
+    return {
+        "figures": {
+            f"share of plain, {name.split()[0].strip(',')}": speed(
+                name, 1, torch.get_num_threads(), size.turns, None if size is FULL else 16
+            )["share_of_plain"]
+            for name in networks
+        }
     }
 
 
@@ -358,7 +372,7 @@ def law(size: Size) -> Figures:
     """A simulated round beside a round of backprop in the same engine, and beside plain torch training."""
     figures: Figures = {}
     for directions in (100, 500, 1000, 5000):
-        found = overhead.law_ratio(directions, size.batch, rounds=2 * size.turns)
+        found = overhead.law_ratio(directions, size.batch, rounds=size.turns // 2 + 1)
         figures[f"law / backprop, K = {directions}"] = found["law_to_backprop"]
         figures[f"law / plain torch, K = {directions}"] = found["law_to_plain_split"]
     return {"figures": figures}
@@ -368,11 +382,11 @@ def engine_overhead(size: Size) -> Figures:
     """The share of a round that is neither forward pass nor perturbation; bytes that a client adds."""
     k = max(2, size.directions // 5)
     few, many = (100, 1000) if size is FULL else (2, 3)
-    memory = overhead.memory_per_client(few, many)
+    memory = overhead.memory_per_client(few // 2, many // 4 + 2)
     return {
         "figures": {
             **{
-                f"share, {name} clients": overhead.overhead(clients, k)["share"]
+                f"share, {name} clients": overhead.overhead(clients, k, batches=2)["share"]
                 for name, clients in ((100, few), (1000, many))
             },
             "directions": k,

@@ -165,7 +165,7 @@ def performance_seconds(result: Row) -> list[str]:
     """Milliseconds a forward pass or direction, of what the ratios of item 1 are made from."""
     rows = []
     for name, cell in result["cells"].items():
-        if bench.CELLS[name].item == 1:
+        if "reference" in cell.get("seconds", {}):
             seconds = cell["seconds"]
             passes = {"engine": cell["K"] + 1, "backprop": 1}
             rows.append(
@@ -199,6 +199,39 @@ def scale(result: Row) -> list[str]:
     return [*table(heads, rows), "", f"`make scale`. {measured_on(result['curves'])}"]
 
 
+def low_rank(result: Row) -> list[str]:
+    speed = [
+        (
+            f"{row['network']}, r = {row['rank']}",
+            row["threads"],
+            f"{row['share_of_plain']['median']:.0%}",
+            f"{row['share_of_plain']['low']:.0%} to {row['share_of_plain']['high']:.0%}",
+            f"{row['over_one_by_one']['median']:.2f}",
+            f"{row['correction']:.1%}",
+        )
+        for row in result["speed"]
+    ]
+    accuracy = [
+        (
+            f"{row['model']}, {row['perturbation']}",
+            f"{row['forward_passes']:,}",
+            row["seeds"],
+            f"{row['accuracy']:.2f} ± {row['accuracy_error']:.2f}",
+            f"{row['late_loss']:.3f} ± {row['late_loss_error']:.3f}",
+        )
+        for row in result["accuracy"]
+    ]
+    heads = ("batch 32", "cores", "share of plain inference", "quartiles", "times one by one", "correction")
+    trained = ("digits, 10 clients", "forward passes", "seeds", "accuracy, %", "late training loss")
+    return [
+        *table(heads, speed),
+        "",
+        *table(trained, accuracy),
+        "",
+        f"`python benchmarks/low_rank.py`. {machine({'machine': result['printed_on']})}",
+    ]
+
+
 def measured_on(cells: Row) -> str:
     """Machine, versions, dates and commits of cells that may have been measured on different days."""
     if not cells:
@@ -222,6 +255,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "performance": performance,
     "performance:limits": performance_limits,
     "performance:seconds": performance_seconds,
+    "low-rank": low_rank,
     "scale": scale,
 }
 

@@ -117,8 +117,9 @@ def test_every_cell_of_the_bench_runs_and_fills_its_rows():
     cells = {name: bench.measure(name, quick=True) for name in bench.CELLS}
     json.dumps(cells)
     lacking = {row.words for row in bench.ROWS if bench.value(cells, row) is None}
-    # Two threads where the quick slice has one, no memory to speak of, and what an extra brings.
-    allowed = {row.words for row in bench.ROWS if "on two" in row.words or "K = 50" in row.words}
+    # Two threads where the quick slice has one, no memory to speak of, no convolutions of low rank.
+    left_out = ("on two", "K = 50", "inference of LeNet", "inference of WRN")
+    allowed = {row.words for row in bench.ROWS if any(part in row.words for part in left_out)}
     if not yardsticks.onnx_available():
         allowed |= {row.words for row in bench.ROWS if "ONNX" in row.words}
     assert lacking <= allowed
@@ -149,10 +150,10 @@ def test_the_check_names_each_row_that_falls_short():
     assert bench.shortfalls(cells) == [
         f"short: {row.words}: 1,000, at most {row.at_most:g} was the aim" for row in low_is_good
     ]
-    cells = made_up(0.01)
+    cells = made_up(1e-6)
     high_is_good = [row for row in bench.ROWS if row.at_least is not None and row.cell != "derived"]
     assert bench.shortfalls(cells) == [
-        f"short: {row.words}: 0.01, at least {row.at_least:g} was the aim" for row in high_is_good
+        f"short: {row.words}: 1e-06, at least {row.at_least:g} was the aim" for row in high_is_good
     ]
 
 
@@ -165,9 +166,9 @@ def test_a_row_on_its_bound_has_reached_it():
 
 
 def test_the_check_sees_other_bits_and_growing_memory():
-    cells = made_up(0.01)
+    cells = made_up(1e-6)
     cells["reconstruction, 2 cores"]["digest"] = "b"
-    cells["memory of K"]["figures"]["extra, MB"] = 0.02
+    cells["memory of K"]["figures"]["extra, MB"] = 2e-6
     assert {line.split(":")[1].strip() for line in bench.shortfalls(cells)} >= {
         "Same bits on one core and on two (1",
         "Extra memory at K = 500 / at K = 50",
