@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,3 +395,18 @@ def test_whatever_the_loss_raises_is_left_to_the_loop():
         raise ZeroDivisionError
 
     assert Measured(made(lambda: nn.Linear(6, 4)), rows(), fails).sweep(1, range(2), 0.1) is None
+
+
+# --- the benchmark ---------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    low_rank = importlib.import_module("low_rank")
+    row = low_rank.speed("MLP 784-256-256-10", 4, threads=1, turns=1, directions=4)
+    assert row["share_of_plain"]["median"] > 0
+    assert row["correction"] == 4 * (256 + 784) / (256 * 784)
+    monkeypatch.setattr(low_rank, "KINDS", ("lowrank:1",))
+    rows = low_rank.accuracy(tmp_path, {"mlp": 2}, directions=2, rounds=2, evaluate_every=2)
+    assert [row["perturbation"] for row in rows] == list(low_rank.KINDS)
+    assert all(0 <= row["accuracy"] <= 100 and row["forward_passes"] == 10 * 2 * 3 for row in rows)

@@ -33,7 +33,7 @@ from baffle.perturbations import Gaussian, Layout, LowRank
 from baffle.stream import NUMPY, Arrays, Stream
 
 # Bytes that a chunk of directions may take. On a CPU near the size of its cache, elsewhere enough to fill it.
-_BUDGET_CPU, _BUDGET = 32 << 20, 1 << 30
+_BUDGET_CPU, _BUDGET = 16 << 20, 1 << 30
 _FIRST = 2  # directions in the first chunk, which shows how much memory one takes
 
 
