@@ -271,9 +271,9 @@ class TorchRuntime:
         if self._programmable(objective, origin):
             from baffle.runtimes.program import Memory, by_program
 
-            while len(self._memories) < min(torch.get_num_threads(), len(directions)):
-                self._memories.append(Memory())
-            memories = self._memories[: max(1, min(torch.get_num_threads(), len(directions)))]
+            workers = min(torch.get_num_threads(), max(1, len(directions)))
+            self._memories += [Memory() for _ in range(workers - len(self._memories))]
+            memories = self._memories[:workers]
             return by_program(self._program, memories, objective, origin, directions, scale, rows)
         if not directions:
             return np.empty(0)
