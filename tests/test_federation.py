@@ -343,6 +343,10 @@ def test_drops_come_at_their_rate_and_again_the_same():
     assert abs(np.mean(hits) - 0.2) < 5 * np.sqrt(0.16 / count)
     assert hits == [random_drops(0.2, 7)(r, f"c{i}") for r in range(50) for i in range(100)]
     assert not any(random_drops(0.0)(r, "c") for r in range(50))
+    root = seed_from(7)
+    for r, name in ((0, "c1"), (3, "c2"), (2**40, "ü")):  # the rate below which it is dropped is word 0 / 2³²
+        rate = int(Stream(derive_seed(root, "drop", name), r).words(0, 0, 1)[0]) / 2**32
+        assert [random_drops(rate + by, 7)(r, name) for by in (-1e-6, 1e-6)] == [False, True]
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError):
             random_drops(wrong)

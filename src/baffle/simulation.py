@@ -13,7 +13,7 @@ from baffle.client import Client, Download
 from baffle.errors import ConfigError
 from baffle.plan import Fidelity, RoundPlan, RoundResult, RoundSum
 from baffle.server import Server
-from baffle.stream import Stream, derive_seed, seed_from
+from baffle.stream import Stream, derive_seed, philox4x32, seed_from
 
 Drops = Callable[[int, str], bool]
 
@@ -46,8 +46,9 @@ def random_drops(probability: float, seed: int | bytes = 0) -> Drops:
     root = seed_from(seed)
 
     def drops(round_: int, name: str) -> bool:
-        word = int(Stream(derive_seed(root, "drop", name), round_).words(0, 0, 1)[0])
-        return word < probability * 2.0**32
+        h = Stream(derive_seed(root, "drop", name), round_).key
+        word = philox4x32((0, 0, h[2], h[3]), (h[0], h[1]))[0]  # word 0, without an array for it
+        return bool(word < probability * 2.0**32
 
     return drops
 
