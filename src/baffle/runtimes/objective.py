@@ -41,12 +41,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Objective:
-    """One batch, ready for ``part``: its inputs and targets lie on the device."""
+    """One batch, ready for ``part``: its inputs and targets lie on the device.
+
+    ``unrounded`` are the inputs before they were rounded to the module's type, where they were.
+    """
 
     part: Part
     loss: Loss
     inputs: tuple[Any, ...]
     targets: Tensor
+    unrounded: tuple[Tensor] | None = None
 
     def contiguous(self) -> Objective:
         """The same with inputs in the common order of memory: some transforms of torch know no other."""

@@ -34,10 +34,10 @@ class Replica:
     Raises whatever ``copy.deepcopy`` raises for a module that cannot be copied.
     """
 
-    def __init__(self, part: Part, device: torch.device) -> None:
+    def __init__(self, part: Part) -> None:
         self.part = part
         with torch.inference_mode(False), torch.no_grad():  # inference tensors count no versions
-            self.flat = torch.zeros(part.layout.n, dtype=part.wide, device=device)
+            self.flat = torch.zeros(part.layout.n, dtype=part.wide)
             self.weights = part.cast(self.flat)
             self.buffers = [buffer.clone() for buffer in part.buffers.values()]
         # Those of another type than the flat vector are copies of its slices.
@@ -88,7 +88,7 @@ class Replica:
         False for a module that reads its own weights by a way around its structure, or that is not a
         function of its inputs.
         """
-        somewhere = torch.arange(len(origin), device=origin.device).to(origin.dtype).cos()
+        somewhere = torch.arange(len(origin)).to(origin.dtype).cos()
         here = self.per_sample(origin, somewhere, 0.01)
         unseen = any(
             own._version == version and _bytes(own) != _bytes(kept) for own, kept, version in self._changeable

@@ -94,7 +94,9 @@ class TorchRuntime:
     off, batch norm on its running statistics) and the module's modes are put back. ``loss(outputs,
     targets)`` returns per-sample losses (B,); they are averaged in float64. ``memory_budget`` (bytes)
     bounds the directions of a round that are kept for the next client of the same process, and the memory
-    of directions that are measured together.
+    of directions that are measured together. ``tangent_products`` is the type in which ``derivatives``
+    multiplies changes in linear and convolution layers, e.g. ``torch.bfloat16`` for matrix units; None
+    stands for the module's own. Values stay in float32.
 
     On a CPU, ``module`` and ``loss`` may be called in several threads, as many as torch may use, each
     thread with its own copy of the module's structure as it was at the first measurement. Every loss is
@@ -110,6 +112,7 @@ class TorchRuntime:
         *,
         device: torch.device | str = "cpu",
         memory_budget: int = 256 << 20,
+        tangent_products: torch.dtype | None = None,
     ) -> None:
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
@@ -118,6 +121,7 @@ class TorchRuntime:
         self.loss_function = loss
         self.device = torch.device(device)
         self.memory_budget = memory_budget
+        self.tangent_products = tangent_products
         self._layout = Layout(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
         dtypes = tuple(p.dtype for p in trainable.values())
         self._wide = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -230,7 +234,7 @@ class TorchRuntime:
             origin, rows = self._wide_tensor(weights), self._rows(stream, perturbation)
             objective = self._objective(batch)
             chunk = self._chunk(self._survey(objective, origin), FEWEST)
-            return derivatives(objective, origin, list(directions), rows, chunk)
+            return derivatives(objective, origin, list(directions), rows, chunk, self.tangent_products)
 
     @contextlib.contextmanager
     def holding(self, batch: Batch) -> Iterator[None]:
@@ -329,13 +333,13 @@ class TorchRuntime:
         """Replicas for as many tasks at once as torch may use threads; none where only the module itself
         can be trusted to be the module. The first time costs two forward passes.
         """
-        if self._replicable is False or has_hooks(self._part.module):
+        if self._replicable is False or self.device.type != "cpu" or has_hooks(self._part.module):
             return []
-        threads = torch.get_num_threads() if self.device.type == "cpu" and on_own_threads() else 1
+        threads = torch.get_num_threads() if on_own_threads() else 1
         count = max(1, min(threads, tasks))
         try:
             while len(self._replicas) < count:
-                self._replicas.append(Replica(self._part, self.device))
+                self._replicas.append(Replica(self._part))
         except Exception:  # a module may hold anything, of which some cannot be copied
             self._replicable = False
             return []
@@ -422,6 +426,7 @@ class TorchRuntime:
             raise ConfigError("a batch behind a frozen prefix was given to a module that has none to cache")
         x = torch.as_tensor(batch.inputs, device=self.device)
         targets = torch.as_tensor(batch.targets, device=self.device)
+        given = x
         if x.is_floating_point() and not batch.prefixed:
             x = x.to(self._input_dtype())
         if x.dim() == 4 and self.device.type == "cpu":
@@ -430,7 +435,8 @@ class TorchRuntime:
             n, c, h, w = x.shape
             x = x.new_empty((n, h, w, c)).permute(0, 3, 1, 2).copy_(x)
         if batch.prefixed or self._prefix is None:
-            return Objective(self._part, self.loss_function, (x,), targets)
+            unrounded = None if given.dtype == x.dtype else (given,)
+            return Objective(self._part, self.loss_function, (x,), targets, unrounded)
         tensors = {**self._frozen, **self._buffers}
         fixed = {own: tensors[name] for own, name in self._prefix_names.items()}
         for own, name in self._prefix_names.items():
