@@ -48,7 +48,7 @@ def random_drops(probability: float, seed: int | bytes = 0) -> Drops:
     def drops(round_: int, name: str) -> bool:
         h = Stream(derive_seed(root, "drop", name), round_).key
         word = philox4x32((0, 0, h[2], h[3]), (h[0], h[1]))[0]  # word 0, without an array for it
-        return bool(word < probability * 2.0**32
+        return bool(word < probability * 2.0**32)
 
     return drops
 
