@@ -23,16 +23,17 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-_SPAN = 256  # values of a tile
+_SPAN = 256  # values that are made at a time
+_TILE = 1024  # sums that are kept at a time
 _GROUP = 8  # Philox blocks of one vector
-_SIGNS = 4096  # values of a tile of signs
+_SIGNS = 2048  # signs that are made, or summed, at a time
+_LINE = 64  # bytes of a cache line
 _ROWS, _COLUMNS = 32, 128  # a tile of a matrix
 MOST_RANK = 64  # of LowRank's factors; beyond it, products by BLAS are the faster way
 _TASK = 1 << 18  # values that a thread makes at the least
 
 _GRID = 2.0**-12
 _GRID32 = np.float32(_GRID)
-_ONE = np.uint32(0x3F800000)  # the bits of 1.0
 _U64 = np.uint64
 _LOW, _HALF = _U64(0xFFFFFFFF), _U64(32)
 _M0, _M1 = _U64(0xD2511F53), _U64(0xCD9E8D57)
@@ -45,6 +46,14 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # numba found no place for its cache
         return njit(nogil=True, error_model="numpy")(function)
+
+
+@_compiled
+def _scratch(size: Any) -> Any:
+    """``size`` bytes that start with a cache line: a vector that lies across two takes twice as long."""
+    memory = np.empty(size + _LINE, np.uint8)
+    skip = -memory.ctypes.data % _LINE
+    return memory[skip : skip + size]
 
 
 @_compiled
@@ -82,6 +91,18 @@ def _integers(start: Any, stop: Any, k: Any, h: Any, table: Any, words: Any, out
 
 
 @_compiled
+def _add(total: Any, z: Any, slope: Any) -> None:
+    for i in range(len(z)):
+        total[i] += np.float64(z[i]) * slope
+
+
+@_compiled
+def _divide(out: Any, total: Any, count: Any) -> None:
+    for i in range(len(out)):
+        out[i] = np.float32(total[i] / count)
+
+
+@_compiled
 def _gaussian_row(z: Any, start: Any, key: Any, h: Any, table: Any, words: Any, q: Any) -> None:
     stop = start + len(z)
     a = start
@@ -96,73 +117,88 @@ def _gaussian_row(z: Any, start: Any, key: Any, h: Any, table: Any, words: Any, 
 
 @_compiled
 def _gaussian(out: Any, start: Any, k: Any, step: Any, h: Any, table: Any) -> None:
-    words, q = np.empty(_SPAN // 4 + 2 * _GROUP, np.uint64), np.empty(_SPAN, np.int16)
+    words, q = _scratch(2 * _SPAN + 16 * _GROUP).view(np.uint64), _scratch(2 * _SPAN).view(np.int16)
     for row in range(len(out)):
         _gaussian_row(out[row], start, _U64(k + row * step), h, table, words, q)
 
 
 @_compiled
 def _gaussian_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> None:
-    words, q = np.empty(_SPAN // 4 + 2 * _GROUP, np.uint64), np.empty(_SPAN, np.int16)
-    total = np.empty(_SPAN)
+    words, q = _scratch(2 * _TILE + 16 * _GROUP).view(np.uint64), _scratch(2 * _TILE).view(np.int16)
+    total = _scratch(8 * _TILE).view(np.float64)
     stop = start + len(out)
     a = start
     while a < stop:
-        b = min((a // _SPAN + 1) * _SPAN, stop)
+        b = min((a // _TILE + 1) * _TILE, stop)
         total[:] = 0.0
         for k in range(len(slopes)):
             _integers(a, b, _U64(k), h, table, words, q)
             slope = slopes[k]
             for i in range(b - a):
                 total[i] += np.float64(q[i]) * _GRID * slope
-        part = out[a - start : b - start]
-        for i in range(len(part)):
-            part[i] = np.float32(total[i] / len(slopes))
+        _divide(out[a - start : b - start], total, len(slopes))
         a = b
 
 
 @_compiled
-def _rademacher(out: Any, start: Any, k: Any, step: Any, h: Any) -> None:
-    words = np.empty(2 * _SIGNS // 128 + 2 * _GROUP, np.uint64)
-    stop = start + out.shape[1]
-    for row in range(len(out)):
-        bits = out[row].view(np.uint32)
-        a = start
-        while a < stop:
-            b = min((a // _SIGNS + 1) * _SIGNS, stop)
-            _philox(a // 128, _whole(-(-b // 128) - a // 128), _U64(k + row * step), h, words)
-            u = words.view(np.uint32)[a // 32 - 4 * (a // 128) :]
-            for j in range(-(-b // 32) - a // 32):
-                w, at = u[j], 32 * (a // 32 + j)
-                if at >= a and at + 32 <= b:
-                    whole = bits[at - start : at - start + 32]
-                    for i in range(32):
-                        whole[i] = _ONE | (w >> np.uint32(i) << np.uint32(31))
-                else:
-                    for i in range(max(a - at, 0), min(b - at, 32)):
-                        bits[at + i - start] = _ONE | (w >> np.uint32(i) << np.uint32(31))
-            a = b
+def _octets(z: Any, octets: Any, table: Any) -> None:
+    """Eight signs for each byte of ``octets``."""
+    for j in range(len(octets)):
+        s, part = table[octets[j]], z[8 * j : 8 * j + 8]
+        # All loads before all stores: one of each in a vector, for arrays that might overlap.
+        s0, s1, s2, s3, s4, s5, s6, s7 = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]
+        part[0], part[1], part[2], part[3], part[4], part[5], part[6], part[7] = (
+            s0,
+            s1,
+            s2,
+            s3,
+            s4,
+            s5,
+            s6,
+            s7,
+        )
 
 
 @_compiled
-def _rademacher_mean(out: Any, start: Any, slopes: Any, h: Any) -> None:
-    words, total = np.empty(2 * _SIGNS // 128 + 2 * _GROUP, np.uint64), np.empty(_SIGNS)
+def _sign_row(z: Any, start: Any, key: Any, h: Any, table: Any, words: Any, spare: Any) -> None:
+    stop = start + len(z)
+    a = start
+    while a < stop:
+        b = min((a // _SIGNS + 1) * _SIGNS, stop)
+        first = a // 128
+        _philox(first, _whole(-(-b // 128) - first), key, h, words)
+        octets = words.view(np.uint8)[a // 8 - 16 * first : -(-b // 8) - 16 * first]
+        part = z[a - start : b - start]
+        if a % 8 == 0 and b % 8 == 0:
+            _octets(part, octets, table)
+        else:
+            _octets(spare, octets, table)
+            inner = spare[a % 8 : a % 8 + b - a]
+            for i in range(len(part)):  # a slice assignment would take seconds to compile
+                part[i] = inner[i]
+        a = b
+
+
+@_compiled
+def _rademacher(out: Any, start: Any, k: Any, step: Any, h: Any, table: Any) -> None:
+    words, spare = _scratch(_SIGNS // 8 + 16 * _GROUP).view(np.uint64), _scratch(4 * _SIGNS).view(np.float32)
+    for row in range(len(out)):
+        _sign_row(out[row], start, _U64(k + row * step), h, table, words, spare)
+
+
+@_compiled
+def _rademacher_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> None:
+    words, spare = _scratch(_SIGNS // 8 + 16 * _GROUP).view(np.uint64), _scratch(4 * _SIGNS).view(np.float32)
+    total, z = _scratch(8 * _SIGNS).view(np.float64), _scratch(4 * _SIGNS).view(np.float32)
     stop = start + len(out)
     a = start
     while a < stop:
         b = min((a // _SIGNS + 1) * _SIGNS, stop)
         total[:] = 0.0
         for k in range(len(slopes)):
-            _philox(a // 128, _whole(-(-b // 128) - a // 128), _U64(k), h, words)
-            u = words.view(np.uint32)[a // 32 - 4 * (a // 128) :]
-            slope = slopes[k]
-            for j in range(-(-b // 32) - a // 32):
-                w, whole = u[j], total[32 * j : 32 * j + 32]
-                for i in range(32):
-                    whole[i] += -slope if w >> np.uint32(i) & np.uint32(1) else slope
-        part, sums = out[a - start : b - start], total[a % 32 :]
-        for i in range(len(part)):
-            part[i] = np.float32(sums[i] / len(slopes))
+            _sign_row(z[: b - a], a, _U64(k), h, table, words, spare)
+            _add(total, z[: b - a], slopes[k])
+        _divide(out[a - start : b - start], total, len(slopes))
         a = b
 
 
@@ -217,9 +253,10 @@ def _entries(z: Any, a: Any, B: Any, first: Any, scale: Any, sums: Any) -> None:
 def _low_rank(
     out: Any, start: Any, k: Any, step: Any, h: Any, table: Any, tensors: Any, rank: Any, scale: Any
 ) -> None:
-    words = np.empty(max(_SPAN, _COLUMNS * rank) // 4 + 2 * _GROUP, np.uint64)
-    q = np.empty(max(_SPAN, _COLUMNS * rank), np.int16)
-    A, B, sums = np.empty(_ROWS * rank), np.empty((rank, _COLUMNS)), np.empty(_COLUMNS)
+    most = max(_SPAN, _COLUMNS * rank)
+    words, q = _scratch(2 * most + 16 * _GROUP).view(np.uint64), _scratch(2 * most).view(np.int16)
+    A, sums = _scratch(8 * _ROWS * rank).view(np.float64), _scratch(8 * _COLUMNS).view(np.float64)
+    B = _scratch(8 * _COLUMNS * rank).view(np.float64).reshape(rank, _COLUMNS)
     stop = start + out.shape[1]
     for t in range(len(tensors)):
         offset, rows, columns, position = tensors[t]
@@ -228,7 +265,7 @@ def _low_rank(
             continue
         if rows == 0:
             for row in range(len(out)):
-                z = out[row, a - start : b - start]
+                z = out[row][a - start : b - start]
                 _gaussian_row(z, position + a - offset, _U64(k + row * step), h, table, words, q)
             continue
         bottom = -(-(b - offset) // columns)
@@ -246,7 +283,7 @@ def _low_rank(
                         at = offset + (i0 + i) * columns + j0
                         c, d = max(a, at), min(b, at + j1 - j0)
                         if c < d:
-                            z = out[row, c - start : d - start]
+                            z = out[row][c - start : d - start]
                             _entries(z, A[i * rank : i * rank + rank], B, c - at, scale, sums)
 
 
@@ -254,10 +291,11 @@ def _low_rank(
 def _low_rank_mean(
     out: Any, start: Any, slopes: Any, h: Any, table: Any, tensors: Any, rank: Any, scale: Any
 ) -> None:
-    words = np.empty(_COLUMNS * rank // 4 + 2 * _GROUP, np.uint64)
-    q = np.empty(_COLUMNS * rank, np.int16)
-    A, B, sums = np.empty(_ROWS * rank), np.empty((rank, _COLUMNS)), np.empty(_COLUMNS)
-    total, z = np.empty((_ROWS, _COLUMNS)), np.empty(_COLUMNS, np.float32)
+    most = _COLUMNS * rank
+    words, q = _scratch(2 * most + 16 * _GROUP).view(np.uint64), _scratch(2 * most).view(np.int16)
+    A, sums = _scratch(8 * _ROWS * rank).view(np.float64), _scratch(8 * _COLUMNS).view(np.float64)
+    B = _scratch(8 * _COLUMNS * rank).view(np.float64).reshape(rank, _COLUMNS)
+    total, z = _scratch(8 * _ROWS * _COLUMNS).view(np.float64), _scratch(4 * _COLUMNS).view(np.float32)
     stop = start + len(out)
     for t in range(len(tensors)):
         offset, rows, columns, position = tensors[t]
@@ -278,18 +316,15 @@ def _low_rank_mean(
                 total[:] = 0.0
                 for k in range(len(slopes)):
                     _factors(tile, rows, position, rank, _U64(k), h, table, words, q, A, B)
-                    slope = slopes[k]
                     for i in range(i1 - i0):
-                        entries, row = z[: j1 - j0], total[i]
+                        entries = z[: j1 - j0]
                         _entries(entries, A[i * rank : i * rank + rank], B, 0, scale, sums)
-                        for j in range(j1 - j0):
-                            row[j] += np.float64(entries[j]) * slope
+                        _add(total[i * _COLUMNS :], entries, slopes[k])
                 for i in range(i1 - i0):
                     at = offset + (i0 + i) * columns + j0
                     c, d = max(a, at), min(b, at + j1 - j0)
-                    row = total[i, c - at :]
-                    for j in range(d - c):
-                        out[c - start + j] = np.float32(row[j] / len(slopes))
+                    if c < d:
+                        _divide(out[c - start : d - start], total[i * _COLUMNS + c - at :], len(slopes))
 
 
 class Kernel(NamedTuple):
@@ -301,7 +336,7 @@ class Kernel(NamedTuple):
 
     def values(self, key: tuple[int, ...], directions: range, start: int, stop: int) -> NDArray[np.float32]:
         """z_k[start:stop] for each k of ``directions``: float32 (len(directions), stop − start)."""
-        out = np.empty((len(directions), stop - start), np.float32)
+        out = _aligned(len(directions), stop - start)
         self.rows(out, start, directions.start, directions.step, np.array(key, np.uint64), *self.constants)
         return out
 
@@ -312,7 +347,7 @@ class Kernel(NamedTuple):
 
         Memory: the result, and less than a megabyte a thread.
         """
-        out, h = np.empty(n, np.float32), np.array(key, np.uint64)
+        out, h = _aligned(1, n)[0], np.array(key, np.uint64)
 
         def part(start: int, stop: int) -> None:
             self.mean(out[start:stop], start, slopes, h, *self.constants)
@@ -329,6 +364,12 @@ class Kernel(NamedTuple):
         return out
 
 
+def _aligned(rows: int, columns: int) -> NDArray[np.float32]:
+    memory = np.empty(4 * rows * columns + _LINE, np.uint8)
+    skip = -memory.ctypes.data % _LINE
+    return memory[skip : skip + 4 * rows * columns].view(np.float32).reshape(rows, columns)
+
+
 def usable_cores() -> int:
     """Processor cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -342,7 +383,8 @@ def gaussian(table: NDArray[np.int64]) -> Kernel:
 
 
 def rademacher() -> Kernel:
-    return Kernel(_rademacher, _rademacher_mean)
+    signs = 1 - 2 * (np.arange(256)[:, None] >> np.arange(8) & 1)
+    return Kernel(_rademacher, _rademacher_mean, (signs.astype(np.float32),))
 
 
 def low_rank(table: NDArray[np.int64], tensors: NDArray[np.int64], rank: int) -> Kernel:

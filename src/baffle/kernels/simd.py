@@ -230,14 +230,16 @@ def transform_tile(
     target_row: Any,
     target_column: Any,
 ) -> Any:
-    """``target = L · source · Rᵀ`` for tiles of lanes, L = MATRICES[name, left], R = MATRICES[name, right].
+    """``target = L · source · Rᵀ`` for tiles of lanes, by two constant matrices.
 
+    L is MATRICES[name, len(left)], R is MATRICES[name, len(right)]: tuples, because their lengths are known
+    while code is compiled.
     Lane vector (i, j) of a tile starts at ``at + i·row + j·column``. The whole product is laid out as
     straight code: no multiplication by 0 or ±1, and rows that differ in the sign of their odd part alone
     share their two halves.
     """
-    down = MATRICES[name.literal_value, left.literal_value]
-    across = MATRICES[name.literal_value, right.literal_value]
+    down = MATRICES[name.literal_value, left.count]
+    across = MATRICES[name.literal_value, right.count]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args

@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from numba import literally, njit
+from numba import njit
 from numpy.typing import NDArray
 
 from baffle.kernels.simd import (
@@ -36,7 +36,8 @@ from baffle.kernels.simd import (
 
 Floats = NDArray[np.float32]
 NONE, RELU, HARDSWISH = 0, 1, 2
-_M = 4
+_M = 4  # outputs of a tile in one dimension
+_BLOCK = 32  # tiles at a time: their V and M stay in a core's cache
 _POINTS = [Fraction(p) for p in (0, 1, -1, 2, -2)] + [Fraction(1, 2), Fraction(-1, 2)]
 
 
@@ -74,103 +75,78 @@ MATRICES["output", 1] = MATRICES["data", 1] = np.eye(_M).tolist()
 MATRICES["kernel", 1] = [[1.0]]
 
 
+# Taps in one dimension are handed on as a tuple of that length: compiled code knows the lengths of tuples.
+_ONE, _TWO, _THREE, _FIVE = (0,), (0, 0), (0, 0, 0), (0, 0, 0, 0, 0)
+
+
 @njit(nogil=True, cache=True)
-def _points(taps: int) -> int:
+def _points(taps: Any) -> int:
     """Points of a tile in one dimension."""
-    return _M + taps - 1
+    return _M + len(taps) - 1
 
 
 @njit(nogil=True, cache=True)
-def _kernels(taps: int) -> int:
+def _kernels(taps: Any) -> int:
     """Of these, how many have a matrix of their own."""
-    return _M + taps - 1 if taps > 1 else 1
+    return _M + len(taps) - 1 if len(taps) > 1 else 1
 
 
 @njit(nogil=True, cache=True)
 def _transform_weights(
-    rows: int,
-    columns: int,
-    first: Any,
-    stride: int,
-    w: Any,
-    r: int,
-    C: int,
-    out: int,
-    taps: Any,
-    U: Any,
-    at: int,
-) -> int:
-    """Kernels w (out, C, r, r) → U (points, C, out) of one phase, from ``at`` on. Returns its end.
+    rows: Any, columns: Any, at: Any, w: Any, r: int, C: int, out: int, taps: Any, U: Any, first: int
+) -> None:
+    """Kernels w (out, C, r, r) → U (points, C, out), from U[first] on.
 
-    The phase has ``rows``·``columns`` of the taps: those at ``first`` + ``stride``·(i, j).
+    Of all taps it takes those at (at[0] + i·at[2], at[1] + j·at[2]).
     """
-    rows, columns = literally(rows), literally(columns)
     size = C * out
     for o in range(0, out, LANES):
         for c in range(C):
-            for i in range(rows):
-                for j in range(columns):
-                    source = (o * C + c) * r * r + (first[0] + stride * i) * r + first[1] + stride * j
-                    target = ((i * columns + j) * C + c) * out + o
+            for i in range(len(rows)):
+                for j in range(len(columns)):
+                    source = (o * C + c) * r * r + (at[0] + i * at[2]) * r + at[1] + j * at[2]
+                    target = ((i * len(columns) + j) * C + c) * out + o
                     for lane in range(LANES):
                         taps[target + lane] = w[source + lane * C * r * r]
     point = size + LANES
+    line, row = len(columns) * size, _kernels(columns) * point
     for n in range(0, size, LANES):
-        transform_tile(
-            "kernel",
-            rows,
-            columns,
-            taps,
-            n,
-            columns * size,
-            size,
-            U,
-            at + n,
-            _kernels(columns) * point,
-            point,
-        )
-    end: int = at + _kernels(rows) * _kernels(columns) * point
-    return end
+        transform_tile("kernel", rows, columns, taps, n, line, size, U, first + n, row, point)
 
 
 @njit(nogil=True, cache=True)
 def _transform_data(
-    rows: int, columns: int, x: Any, corner: int, line: int, pixel: int, C: int, V: Any, t: int, point: int
+    rows: Any, columns: Any, x: Any, corner: int, step: Any, C: int, V: Any, first: int, point: int
 ) -> None:
-    """One tile of all channels; ``line`` and ``pixel`` are the distances between its inputs."""
-    rows, columns = literally(rows), literally(columns)
+    """One tile of all channels; ``step`` is how far apart its inputs lie down and across."""
+    row = _points(columns) * point
     for c in range(0, C, LANES):
-        transform_tile(
-            "data", rows, columns, x, corner + c, line, pixel, V, t * C + c, _points(columns) * point, point
-        )
+        transform_tile("data", rows, columns, x, corner + c, step[0], step[1], V, first + c, row, point)
 
 
 @njit(nogil=True, cache=True)
-def _transform_output(rows: int, columns: int, M: Any, at: int, point: int, tile: Any, tile_at: int) -> None:
-    rows, columns = literally(rows), literally(columns)
-    transform_tile(
-        "output", rows, columns, M, at, _points(columns) * point, point, tile, tile_at, _M * LANES, LANES
-    )
+def _transform_output(rows: Any, columns: Any, M: Any, first: int, point: int, tile: Any, at: int) -> None:
+    row = _points(columns) * point
+    transform_tile("output", rows, columns, M, first, row, point, tile, at, _M * LANES, LANES)
 
 
 @njit(nogil=True, cache=True)
 def _multiply(
-    rows: int, columns: int, V: Any, U: Any, u_at: int, M: Any, m_at: int, T: int, C: int, out: int
+    points: Any, kernels: Any, V: Any, v: int, U: Any, u: int, M: Any, m: int, T: int, C: int, out: int
 ) -> None:
-    """M = V · U at every point of one phase. T is a multiple of 8."""
-    for i in range(_points(rows)):
-        for j in range(_points(columns)):
-            p = i * _points(columns) + j
-            own = (i if rows > 1 else 0) * _kernels(columns) + (j if columns > 1 else 0)
-            v, u, m = p * (T * C + LANES), u_at + own * (C * out + LANES), m_at + p * (T * out + LANES)
-            if out % (2 * LANES) == 0:
-                for n in range(0, out, 2 * LANES):
-                    for t in range(0, T, 4):
-                        multiply_block(4, 2, V, v + t * C, C, U, u + n, out, M, m + t * out + n, out, C)
-            else:
-                for n in range(0, out, LANES):
-                    for t in range(0, T, 8):
-                        multiply_block(8, 1, V, v + t * C, C, U, u + n, out, M, m + t * out + n, out, C)
+    """M = V · U at every point of a tile, from V[v], U[u] and M[m] on. T is a multiple of 8."""
+    for p in range(points[0] * points[1]):
+        i, j = p // points[1], p % points[1]
+        own = (i if kernels[0] > 1 else 0) * kernels[1] + (j if kernels[1] > 1 else 0)
+        a, b, c = v + p * (T * C + LANES), u + own * (C * out + LANES), m + p * (T * out + LANES)
+        if out % (2 * LANES) == 0:
+            for n in range(0, out, 2 * LANES):
+                for t in range(0, T, 4):
+                    multiply_block(4, 2, V, a + t * C, C, U, b + n, out, M, c + t * out + n, out, C)
+        else:
+            for n in range(0, out, LANES):
+                for t in range(0, T, 8):
+                    multiply_block(8, 1, V, a + t * C, C, U, b + n, out, M, c + t * out + n, out, C)
 
 
 @njit(nogil=True, cache=True)
@@ -206,77 +182,75 @@ def _finish(
 
 
 @njit(nogil=True, cache=True)
-def _convolve(r, x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M):
+def _convolve(taps, x, padded, C, w, bias, activation, residual, y, shape, work, U, V, M):
     """Stride 1. x lies in images of ``padded`` = (PH, PW) pixels, y is of ``shape`` (B, OH, OW, out)."""
-    r = literally(r)
     PH, PW = padded
     B, OH, OW, out = shape
     down, across = -(-OH // _M), -(-OW // _M)
-    _transform_weights(r, r, (0, 0), 1, w, r, C, out, taps, U, 0)
+    points, kernels = (_points(taps), _points(taps)), (_kernels(taps), _kernels(taps))
+    _transform_weights(taps, taps, (0, 0, 1), w, len(taps), C, out, work, U, 0)
     tile = np.empty(_M * _M * LANES, np.float32)
-    for at in range(0, B * down * across, block):
-        T = min(block, B * down * across - at)
+    for first in range(0, B * down * across, _BLOCK):
+        T = min(_BLOCK, B * down * across - first)
         room = -(-T // 8) * 8
         v, m = room * C + LANES, room * out + LANES
         for t in range(T):
-            image, row, column = (at + t) // (down * across), (at + t) // across % down, (at + t) % across
+            at = first + t
+            image, row, column = at // (down * across), at // across % down, at % across
             corner = ((image * PH + row * _M) * PW + column * _M) * C
-            _transform_data(r, r, x, corner, PW * C, C, C, V, t, v)
-        _multiply(r, r, V, U, 0, M, 0, room, C, out)
+            _transform_data(taps, taps, x, corner, (PW * C, C), C, V, t * C, v)
+        _multiply(points, kernels, V, 0, U, 0, M, 0, room, C, out)
         for t in range(T):
-            place = (at + t) // (down * across), (at + t) // across % down, (at + t) % across
+            at = first + t
+            place = at // (down * across), at // across % down, at % across
             for n in range(0, out, LANES):
-                _transform_output(r, r, M, t * out + n, m, tile, 0)
+                _transform_output(taps, taps, M, t * out + n, m, tile, 0)
                 _finish(tile, 1, bias, activation, residual, y, (OH, OW, out), place, n)
 
 
 @njit(nogil=True, cache=True)
-def _convolve_strided(x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M):
-    """3×3, stride 2: taps 0 and 2 of each dimension meet the even pixels of x, tap 1 the odd ones."""
+def _convolve_strided(taps, x, padded, C, w, bias, activation, residual, y, shape, work, U, V, M):
+    """3×3, stride 2: taps 0 and 2 of each dimension meet the even pixels of x, tap 1 the odd ones.
+
+    So there are four phases, of 5·5, 5·4, 4·5 and 4·4 points, each in its part of U, V and M.
+    """
     PH, PW = padded
     B, OH, OW, out = shape
     down, across = -(-OH // _M), -(-OW // _M)
-    u1 = _transform_weights(2, 2, (0, 0), 2, w, 3, C, out, taps, U, 0)
-    u2 = _transform_weights(2, 1, (0, 1), 2, w, 3, C, out, taps, U, u1)
-    u3 = _transform_weights(1, 2, (1, 0), 2, w, 3, C, out, taps, U, u2)
-    _transform_weights(1, 1, (1, 1), 2, w, 3, C, out, taps, U, u3)
+    point = C * out + LANES
+    _transform_weights(_TWO, _TWO, (0, 0, 2), w, 3, C, out, work, U, 0)
+    _transform_weights(_TWO, _ONE, (0, 1, 2), w, 3, C, out, work, U, 25 * point)
+    _transform_weights(_ONE, _TWO, (1, 0, 2), w, 3, C, out, work, U, 30 * point)
+    _transform_weights(_ONE, _ONE, (1, 1, 2), w, 3, C, out, work, U, 35 * point)
     size = _M * _M * LANES
     tile = np.empty(4 * size, np.float32)
-    for at in range(0, B * down * across, block):
-        T = min(block, B * down * across - at)
+    for first in range(0, B * down * across, _BLOCK):
+        T = min(_BLOCK, B * down * across - first)
         room = -(-T // 8) * 8
         v, m = room * C + LANES, room * out + LANES
         for t in range(T):
-            image, row, column = (at + t) // (down * across), (at + t) // across % down, (at + t) % across
+            at = first + t
+            image, row, column = at // (down * across), at // across % down, at % across
             corner = ((image * PH + row * 2 * _M) * PW + column * 2 * _M) * C
-            line, pixel = 2 * PW * C, 2 * C
-            _transform_data(2, 2, x, corner, line, pixel, C, V, t, v)
-            _transform_data(2, 1, x, corner + C, line, pixel, C, V[25 * v :], t, v)
-            _transform_data(1, 2, x, corner + PW * C, line, pixel, C, V[45 * v :], t, v)
-            _transform_data(1, 1, x, corner + PW * C + C, line, pixel, C, V[65 * v :], t, v)
-        _multiply(2, 2, V, U, 0, M, 0, room, C, out)
-        _multiply(2, 1, V[25 * v :], U, u1, M, 25 * m, room, C, out)
-        _multiply(1, 2, V[45 * v :], U, u2, M, 45 * m, room, C, out)
-        _multiply(1, 1, V[65 * v :], U, u3, M, 65 * m, room, C, out)
+            step = 2 * PW * C, 2 * C
+            _transform_data(_TWO, _TWO, x, corner, step, C, V, t * C, v)
+            _transform_data(_TWO, _ONE, x, corner + C, step, C, V, t * C + 25 * v, v)
+            _transform_data(_ONE, _TWO, x, corner + PW * C, step, C, V, t * C + 45 * v, v)
+            _transform_data(_ONE, _ONE, x, corner + PW * C + C, step, C, V, t * C + 65 * v, v)
+        for phase in range(4):  # a loop, because compilers take four calls for four reasons to copy the code
+            points = 5 - phase // 2, 5 - phase % 2
+            kernels = 5 - phase // 2 * 4, 5 - phase % 2 * 4
+            tiles, own = (0, 25, 45, 65)[phase], (0, 25, 30, 35)[phase]
+            _multiply(points, kernels, V, tiles * v, U, own * point, M, tiles * m, room, C, out)
         for t in range(T):
-            place = (at + t) // (down * across), (at + t) // across % down, (at + t) % across
+            at = first + t
+            place = at // (down * across), at // across % down, at % across
             for n in range(0, out, LANES):
-                _transform_output(2, 2, M, t * out + n, m, tile, 0)
-                _transform_output(2, 1, M, t * out + n + 25 * m, m, tile, size)
-                _transform_output(1, 2, M, t * out + n + 45 * m, m, tile, 2 * size)
-                _transform_output(1, 1, M, t * out + n + 65 * m, m, tile, 3 * size)
+                _transform_output(_TWO, _TWO, M, t * out + n, m, tile, 0)
+                _transform_output(_TWO, _ONE, M, t * out + n + 25 * m, m, tile, size)
+                _transform_output(_ONE, _TWO, M, t * out + n + 45 * m, m, tile, 2 * size)
+                _transform_output(_ONE, _ONE, M, t * out + n + 65 * m, m, tile, 3 * size)
                 _finish(tile, 4, bias, activation, residual, y, (OH, OW, out), place, n)
-
-
-# Entry points of their own: asking for a literal from Python would compile anew at every call.
-@njit(nogil=True, cache=True)
-def _convolve3(x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M):
-    _convolve(3, x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M)
-
-
-@njit(nogil=True, cache=True)
-def _convolve5(x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M):
-    _convolve(5, x, padded, C, w, bias, activation, residual, y, shape, block, taps, U, V, M)
 
 
 def padding(H: int, W: int, size: int, stride: int, pad: int) -> tuple[int, int]:
@@ -305,14 +279,13 @@ def convolve(
     """
     _, PH, PW, C = x.shape
     out = y.shape[3]
-    block = 32
     points = 81 if stride == 2 else (_M + size - 1) ** 2
-    kernels = 36 if stride == 2 else points
     work = (
         scratch("taps", size * size * C * out),
-        scratch("U", kernels * (C * out + LANES)),
-        scratch("V", points * (block * C + LANES)),
-        scratch("M", points * (block * out + LANES)),
+        scratch("U", (36 if stride == 2 else points) * (C * out + LANES)),
+        scratch("V", points * (_BLOCK * C + LANES)),
+        scratch("M", points * (_BLOCK * out + LANES)),
     )
-    run = _convolve_strided if stride == 2 else _convolve5 if size == 5 else _convolve3
-    run(x.reshape(-1), (PH, PW), C, w, bias, activation, residual, y.reshape(-1), y.shape, block, *work)
+    run, taps = (_convolve_strided, _TWO) if stride == 2 else (_convolve, _FIVE if size == 5 else _THREE)
+    into = residual, y.reshape(-1), y.shape
+    run(taps, x.reshape(-1), (PH, PW), C, w, bias, activation, *into, *work)
