@@ -23,9 +23,10 @@ from torch.func import functional_call
 
 from baffle.errors import ConfigError, PrecisionError
 from baffle.kernels import available
-from baffle.perturbations import Layout, Perturbation
+from baffle.perturbations import Layout, LowRank, Perturbation
 from baffle.runtimes import Batch
 from baffle.runtimes.batched import FEWEST, MOST_ON_CPU, Survey, batched, chunk_for, pays, survey
+from baffle.runtimes.lowrank import shared_weight_losses
 from baffle.runtimes.objective import Directions, Loss, Objective, Part
 from baffle.runtimes.onebyone import Replica, has_hooks, on_own_threads, one_by_one, verified
 from baffle.runtimes.prefix import split_frozen_prefix
@@ -219,8 +220,22 @@ class TorchRuntime:
         scale: float,
     ) -> NDArray[np.float64]:
         with torch.inference_mode(), self._measuring():
-            origin, rows = self._wide_tensor(weights), self._rows(stream, perturbation)
-            return self._sweep(self._objective(batch), origin, list(directions), scale, rows)
+            origin, objective = self._wide_tensor(weights), self._objective(batch)
+            if isinstance(perturbation, LowRank) and self._shares(objective, origin):
+                losses = shared_weight_losses(
+                    objective.per_sample,
+                    self._part.cast(origin),
+                    stream,
+                    perturbation,
+                    self._layout,
+                    directions,
+                    scale,
+                    arrays=self._arrays,
+                )
+                if losses is not None:
+                    return losses
+            rows = self._rows(stream, perturbation)
+            return self._sweep(objective, origin, list(directions), scale, rows)
 
     def derivatives(
         self,
@@ -296,6 +311,14 @@ class TorchRuntime:
                     self._batchable = False
                     return losses
         return self._one_by_one(objective, origin, directions, scale, rows)
+
+    def _shares(self, objective: Objective, origin: Tensor) -> bool:
+        """Whether low-rank directions pay as one product with W and a correction: on a GPU always, on a CPU
+        where no convolution depends on W (docs/performance.md).
+        """
+        if has_hooks(self._part.module):
+            return False
+        return self.device.type != "cpu" or self._survey(objective, origin).convolutions == 0
 
     def _programmable(self, objective: Objective, origin: Tensor) -> bool:
         """Whether the part has a program, that this batch suits. The first time costs two forward passes."""
@@ -404,6 +427,8 @@ class TorchRuntime:
         kept, n = self._kept, self._layout.n
 
         def rows(directions: Sequence[int]) -> list[Tensor]:
+            with contextlib.suppress(KeyError):
+                return [kept[k] for k in directions]
             found = {k: kept[k] for k in directions if k in kept}
             for run in _runs({k for k in directions if k not in found}):
                 values = perturbation.values(stream, run, self._layout, 0, n, self._arrays)
