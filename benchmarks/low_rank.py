@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,8 @@ def speed(name: str, rank: int, threads: int, turns: int, directions: int | None
 
         return run
 
+    # Other work on the machine costs the sweep more than plain inference: it moves more memory.
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -106,6 +109,7 @@ def speed(name: str, rank: int, threads: int, turns: int, directions: int | None
         "network": name,
         "rank": rank,
         "threads": threads,
+        "load_before": load,  # processes that wanted a core in the minute before
         "batch": BATCH,
         "directions": count,
         "share_of_plain": timed.ratio(best, "sweep"),
@@ -161,7 +165,8 @@ def main() -> int:
                 share, gain = row["share_of_plain"], row["over_one_by_one"]
                 print(
                     f"{name}, {rank}, {threads}: {share['median']:.0%} [{share['low']:.0%}, "
-                    f"{share['high']:.0%}]; {gain['median']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]",
+                    f"{share['high']:.0%}]; {gain['median']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]; "
+                    f"load {row['load_before']}",
                     flush=True,
                 )
                 cells.append(row)
