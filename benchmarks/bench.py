@@ -6,7 +6,7 @@
     bench.py --quick             every cell on next to nothing: shows that all runs; keeps nothing
 
 Each cell is a function of ``measurements.py`` in a process of its own, bound to the cores that it names.
-About a quarter of an hour on two cores.
+About ten minutes on two cores that have nothing else to do; on busy ones the ratios of two cores say little.
 """
 
 from __future__ import annotations
@@ -397,7 +397,7 @@ def main() -> int:
     for name, cell in CELLS.items():
         if options.read or cell.item not in items:
             continue
-        started = time.perf_counter()
+        started, load = time.perf_counter(), os.getloadavg()[0]
         if options.quick:
             found = measure(name, quick=True)
         else:
@@ -405,7 +405,7 @@ def main() -> int:
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         cells.pop(name, None)
         if found:
-            cells[name] = {**found, "commit": commit(), "machine": machine()}
+            cells[name] = {**found, "load": round(load, 1), "commit": commit(), "machine": machine()}
             if not options.quick:
                 keep(cells)
     for line in table(cells):

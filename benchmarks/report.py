@@ -183,6 +183,21 @@ def performance_seconds(result: Row) -> list[str]:
     return [*table(heads, rows), "", "Medians; the engine's and the reference loop's with their gradient."]
 
 
+def performance_operations(result: Row) -> list[str]:
+    share = "engine / square product, GFLOP/s"
+    rows = [
+        (
+            name,
+            f"{cell['figures']['GFLOP a pass']:.2f}",
+            bench.shown(cell["figures"]["engine, GFLOP/s"]),
+            bench.shown(cell["figures"][share]["median"]),
+        )
+        for name, cell in result["cells"].items()
+        if share in cell.get("figures", {})
+    ]
+    return table(("batch 32", "10⁹ operations a pass", "engine, 10⁹/s", "beside a square product"), rows)
+
+
 def scale(result: Row) -> list[str]:
     rows = [
         (
@@ -238,7 +253,9 @@ def measured_on(cells: Row) -> str:
         return "Nothing is measured yet."
     lines = {machine(cell) + packages(cell) for cell in cells.values()}
     commits = ", ".join(sorted({cell["commit"] for cell in cells.values()}))
-    return " ".join(sorted(lines)) + f" Commits: {commits}."
+    loads = [cell["load"] for cell in cells.values() if "load" in cell]
+    busy = f" Load average before a cell: {min(loads)} to {max(loads)}." if loads else ""
+    return " ".join(sorted(lines)) + f" Commits: {commits}.{busy}"
 
 
 def packages(cell: Row) -> str:
@@ -255,6 +272,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "performance": performance,
     "performance:limits": performance_limits,
     "performance:seconds": performance_seconds,
+    "performance:operations": performance_operations,
     "low-rank": low_rank,
     "scale": scale,
 }

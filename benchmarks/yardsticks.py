@@ -119,12 +119,6 @@ def operations(module: nn.Module, inputs: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def product(size: int, repetitions: int, device: str = "cpu") -> float:
-    """GFLOP/s of a square float32 product."""
-    a, b = torch.randn(2, size, size, device=device)
-    return rate(2e-9 * size**3, finished(lambda: torch.mm(a, b), device), repetitions)
-
-
 def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
     """``run``, and the wait for its end on a device that goes on by itself."""
 
@@ -146,7 +140,9 @@ def limits(size: int, values: int, repetitions: int, device: str = "cpu") -> dic
     target = torch.empty_like(source)
     stream, layout, rng = Stream(bytes(32), 0), Layout.flat(values), np.random.default_rng(0)
     gaussian = Gaussian()
+    a, b = torch.randn(2, size, size, device=device)
     work: dict[str, tuple[float, Callable[[], object]]] = {
+        "sgemm_gflops": (2e-9 * size**3, lambda: torch.mm(a, b)),
         "conv_gflops": (2e-9 * images.numel() * 64 * 9, lambda: conv2d(images, kernel, padding=1)),
         "copy_gb_s": (8e-9 * source.numel(), lambda: target.copy_(source)),
         "torch_randn_m_s": (1e-6 * values, lambda: torch.randn(values, device=device)),
@@ -160,9 +156,6 @@ def limits(size: int, values: int, repetitions: int, device: str = "cpu") -> dic
         }
     with torch.inference_mode():
         found = {
-            "sgemm_gflops": product(size, repetitions, device),
-            **{
-                name: rate(amount, finished(run, device), repetitions) for name, (amount, run) in work.items()
-            },
+            name: rate(amount, finished(run, device), repetitions) for name, (amount, run) in work.items()
         }
     return {name: round(value, 1) for name, value in found.items()}
