@@ -20,7 +20,7 @@ from baffle.perturbations import Gaussian, Rademacher
 from baffle.runtimes import Batch, DifferentiableRuntime
 from baffle.runtimes.torch import TorchRuntime, cross_entropy, evaluate
 from baffle.stream import Stream, seed_from
-from tests.contracts.runtime import RuntimeContract
+from tests.contracts.runtime import RuntimeContract, TangentContract
 
 STREAM = Stream(seed_from(3), 1)
 GAUSS = Gaussian()
@@ -103,7 +103,7 @@ class Tower(nn.Module):
         return self.head(self.frozen(self.inner(x * self.scale.prod())))
 
 
-class TestContract(RuntimeContract):
+class TestContract(RuntimeContract, TangentContract):
     def runtime(self) -> TorchRuntime:
         return TorchRuntime(made(Tower).train())
 
@@ -114,7 +114,7 @@ class TestContract(RuntimeContract):
         return by_hand(self.runtime().module, weights, batch)
 
 
-class TestContractBehindAPrefix(RuntimeContract):
+class TestContractBehindAPrefix(RuntimeContract, TangentContract):
     """The same promises where the first layers are frozen and run once a batch."""
 
     def runtime(self) -> TorchRuntime:
@@ -132,7 +132,7 @@ class TestContractBehindAPrefix(RuntimeContract):
         return by_hand(self.runtime().module, weights, batch)
 
 
-class TestContractOfAConvolution(RuntimeContract):
+class TestContractOfAConvolution(RuntimeContract, TangentContract):
     def runtime(self) -> TorchRuntime:
         return TorchRuntime(build("lenet", 3, 3, seed=0, channels=(4, 8), norm="group"))
 

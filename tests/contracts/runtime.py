@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from baffle.errors import ConfigError, PrecisionError
 from baffle.perturbations import Gaussian, LowRank, Perturbation, Rademacher
-from baffle.runtimes import Batch, Runtime
+from baffle.runtimes import Batch, Runtime, TangentRuntime
 from baffle.stream import Stream, seed_from
 
 STREAM = Stream(seed_from(11), 5)
@@ -128,3 +128,57 @@ class RuntimeContract(abc.ABC):
         assert a.layout == b.layout
         assert a.frozen_digest == b.frozen_digest
         assert len(a.frozen_digest) == 32
+
+
+class TangentContract(abc.ABC):
+    """For runtimes with ``derivatives``: inherit beside RuntimeContract, whose methods it uses."""
+
+    @abc.abstractmethod
+    def runtime(self) -> Runtime: ...
+
+    @abc.abstractmethod
+    def batch(self) -> Batch: ...
+
+    @abc.abstractmethod
+    def oracle(self, weights: NDArray[np.float64], batch: Batch) -> float: ...
+
+    @pytest.mark.parametrize("kind", [Gaussian(), Rademacher(), LowRank(2)], ids=lambda kind: kind.spec)
+    def test_derivatives_are_the_limit_of_differences(self, kind: Perturbation):
+        runtime, batch = self.runtime(), self.batch()
+        assert isinstance(runtime, TangentRuntime)
+        w, n = runtime.weights(), runtime.layout.n
+        loss, got = runtime.derivatives(w, batch, STREAM, kind, range(6))
+        h, exact = 1e-6, w.astype(np.float64)
+        want = []
+        for k in range(6):
+            z = kind.values(STREAM, k, runtime.layout, 0, n).astype(np.float64)
+            want.append((self.oracle(exact + h * z, batch) - self.oracle(exact - h * z, batch)) / (2 * h))
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.linalg.norm(want))
+        assert loss == pytest.approx(self.oracle(exact, batch), rel=64 * 2.0**-24)
+
+    def test_derivatives_depend_on_their_direction_alone(self):
+        runtime, batch = self.runtime(), self.batch()
+        w, order = runtime.weights(), [5, 0, 3, 3, 1]
+        straight = runtime.derivatives(w, batch, STREAM, Gaussian(), range(6))[1]
+        mixed = runtime.derivatives(w, batch, STREAM, Gaussian(), order)[1]
+        np.testing.assert_allclose(mixed, straight[order], rtol=0, atol=1e-5 * np.linalg.norm(straight))
+
+    def test_derivatives_leave_weights_and_batch_as_they_were(self):
+        runtime, batch = self.runtime(), self.batch()
+        w, digest = runtime.weights(), runtime.frozen_digest
+        kept = w.copy(), batch.inputs.copy(), batch.targets.copy()
+        runtime.derivatives(w, batch, STREAM, Gaussian(), range(3))
+        for now, then in zip((w, batch.inputs, batch.targets), kept, strict=True):
+            np.testing.assert_array_equal(now, then)
+        np.testing.assert_array_equal(runtime.weights(), w)
+        assert runtime.frozen_digest == digest
+
+    def test_no_direction_is_no_derivative(self):
+        runtime = self.runtime()
+        assert runtime.derivatives(runtime.weights(), self.batch(), STREAM, Gaussian(), [])[1].shape == (0,)
+
+    def test_derivatives_at_weights_of_another_shape_are_refused(self):
+        runtime = self.runtime()
+        with pytest.raises(ConfigError):
+            runtime.derivatives(runtime.weights()[:-1], self.batch(), STREAM, Gaussian(), range(2))
