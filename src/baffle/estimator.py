@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baffle.errors import ConfigError, LossError
-from baffle.perturbations import Gaussian, Layout, Perturbation, compiled
+from baffle.perturbations import WORTH_A_KERNEL, Gaussian, Layout, Perturbation, compiled
 from baffle.runtimes import Batch, HoldingRuntime, Runtime, TangentRuntime
 from baffle.stream import NUMPY, Arrays, Stream
 
@@ -162,7 +162,8 @@ class SteinEstimator:
         """
         if slopes.ndim != 1 or len(slopes) < 1:
             raise ConfigError(f"slopes have the shape (K,), not {slopes.shape}")
-        kernel = compiled(self.perturbation, layout) if arrays is NUMPY else None
+        worth = arrays is NUMPY and layout.n * len(slopes) >= WORTH_A_KERNEL
+        kernel = compiled(self.perturbation, layout) if worth else None
         if kernel is not None:
             stream.check(range(len(slopes)), 0, 0)
             return kernel.gradient(stream.key, slopes.astype(np.float64), layout.n, threads)

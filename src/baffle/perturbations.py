@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _TABLE_SHA256 = "678d9111986cea3b4d19f88b1b19148343cade0f1d986c1390c8118f0a4f4007"
 _GRID = 2.0**-12
-_WORTH_A_KERNEL = 1 << 12  # values; fewer are made before a kernel is loaded
+WORTH_A_KERNEL = 1 << 12  # values; fewer are made before a kernel is loaded
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Portable:
         if not 0 <= start <= stop <= layout.n:
             raise ConfigError(f"the slice [{start}, {stop}) leaves the layout's {layout.n} parameters")
         directions = k if isinstance(k, range) else range(k, k + 1)
-        worth = arrays is NUMPY and (stop - start) * len(directions) >= _WORTH_A_KERNEL
+        worth = arrays is NUMPY and (stop - start) * len(directions) >= WORTH_A_KERNEL
         kernel = compiled(self, layout) if worth else None
         if kernel is None:
             return self.plain(stream, k, layout, start, stop, arrays)
@@ -209,13 +209,14 @@ class LowRank(_Portable):
     def tensors(self, layout: Layout) -> list[tuple[int, int, int, int]]:
         """Of each tensor: its offset in the vector, rows, columns, and the first half-word of its factors.
 
-        A vector has 0 rows and its size as columns. Last comes the end of vector and stream.
+        A vector has 0 rows and its size as columns; what is empty is left out. Last comes the end of both.
         """
         found, position = [], 0
         for offset, shape, size in zip(layout.offsets, layout.shapes, layout.sizes, strict=False):
             rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else (0, size)
-            found.append((offset, rows, columns, position))
-            position += (rows + columns) * self.rank if rows else columns
+            if size:
+                found.append((offset, rows, columns, position))
+            position += (rows + columns) * self.rank if len(shape) >= 2 else size
         return [*found, (layout.n, 0, 0, position)]
 
     def plain(
@@ -249,13 +250,14 @@ class LowRank(_Portable):
 
 def compiled(perturbation: object, layout: Layout) -> Kernel | None:
     """What makes the same values in NumPy, sooner; None where there is no such kernel."""
-    if not isinstance(perturbation, Gaussian | Rademacher | LowRank) or not kernels.available():
+    # The type itself: a subclass may mean other values.
+    if type(perturbation) not in (Gaussian, Rademacher, LowRank) or not kernels.available():
         return None
     return _kernel(perturbation, layout)
 
 
 @lru_cache(maxsize=8)
-def _kernel(perturbation: Gaussian | Rademacher | LowRank, layout: Layout) -> Kernel | None:
+def _kernel(perturbation: Any, layout: Layout) -> Kernel | None:
     from baffle.kernels import directions
 
     if isinstance(perturbation, Rademacher):

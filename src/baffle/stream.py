@@ -9,7 +9,10 @@ Normative definition, version 1 (all integers little-endian):
 So k < 2³² directions of 2³⁴ words each, 128 bits of the hash in use, and no state: word i costs the
 same alone as in a row. Philox was chosen because it is published with known-answer vectors, needs only
 32-bit multiplication (the same code runs on NumPy and torch, on CPUs and GPUs, and in 20 lines of C),
-and is the generator that GPU toolchains already have as an instruction sequence.
+and is the generator that GPU toolchains already have as an instruction sequence. Without state it also runs
+as wide as a processor is: each vector lane, core or GPU thread takes its own blocks, where a generator with
+state makes one word after the other. A cheaper one would gain little, for the table look-up of a Gaussian
+value takes longer than its half-word; one that uses AES instructions is slow where there are none.
 
 The words are public coins. They are not secret, and nothing that must be secret may be made from them.
 """
@@ -182,7 +185,7 @@ class Stream:
     def check(self, k: int | range, start: int, stop: int) -> None:
         """ConfigError unless direction k (or each of several) has the blocks [start, stop)."""
         ends = [*k[:1], *k[-1:]] if isinstance(k, range) else [k]
-        if not (all(0 <= end < 1 << 32 for end in ends) and 0 <= start <= stop <= 1 << 32):
+        if not (ends and all(0 <= end < 1 << 32 for end in ends) and 0 <= start <= stop <= 1 << 32):
             raise ConfigError(f"direction {k}, blocks [{start}, {stop}) lie outside the stream")
 
     def words(self, k: int, start: int, stop: int) -> NDArray[np.uint32]:

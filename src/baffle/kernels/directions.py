@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-_SPAN = 256  # values that are made at a time
+_SPAN = 512  # values that are made at a time
 _TILE = 1024  # sums that are kept at a time
 _GROUP = 8  # Philox blocks of one vector
 _SIGNS = 2048  # signs that are made, or summed, at a time
@@ -43,9 +43,13 @@ _W0, _W1 = _U64(0x9E3779B9), _U64(0xBB67AE85)
 def _compiled(function: Callable[..., Any]) -> Any:
     """Compiled at the first call, to run without the interpreter's lock, and kept on disk if possible."""
     try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # numba found no place for its cache
         return njit(nogil=True, error_model="numpy")(function)
+
+
+# Part of its callers' code, so that what does not change from tile to tile is computed once.
+_inlined = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
 @_compiled
@@ -62,7 +66,7 @@ def _whole(blocks: Any) -> Any:
     return (blocks + _GROUP - 1) // _GROUP * _GROUP
 
 
-@_compiled
+@_inlined
 def _philox(first: Any, count: Any, k: Any, h: Any, words: Any) -> None:
     """Blocks [first, first + count) of direction k, as u64 (2·count,): two words each, the first one low."""
     h0, h1, h2, h3 = h[0], h[1], h[2], h[3]
@@ -77,7 +81,7 @@ def _philox(first: Any, count: Any, k: Any, h: Any, words: Any) -> None:
         words[2 * i + 1] = c2 | (c3 << _HALF)
 
 
-@_compiled
+@_inlined
 def _integers(start: Any, stop: Any, k: Any, h: Any, table: Any, words: Any, out: Any) -> None:
     """Gaussian integers g of half-words [start, stop) of direction k: int16 (stop − start,)."""
     first = start // 8
@@ -102,7 +106,7 @@ def _divide(out: Any, total: Any, count: Any) -> None:
         out[i] = np.float32(total[i] / count)
 
 
-@_compiled
+@_inlined
 def _gaussian_row(z: Any, start: Any, key: Any, h: Any, table: Any, words: Any, q: Any) -> None:
     stop = start + len(z)
     a = start
@@ -347,7 +351,8 @@ class Kernel(NamedTuple):
 
         Memory: the result, and less than a megabyte a thread.
         """
-        out, h = _aligned(1, n)[0], np.array(key, np.uint64)
+        out: NDArray[np.float32] = _aligned(1, n)[0]
+        h = np.array(key, np.uint64)
 
         def part(start: int, stop: int) -> None:
             self.mean(out[start:stop], start, slopes, h, *self.constants)
@@ -367,7 +372,8 @@ class Kernel(NamedTuple):
 def _aligned(rows: int, columns: int) -> NDArray[np.float32]:
     memory = np.empty(4 * rows * columns + _LINE, np.uint8)
     skip = -memory.ctypes.data % _LINE
-    return memory[skip : skip + 4 * rows * columns].view(np.float32).reshape(rows, columns)
+    values: NDArray[np.float32] = memory[skip : skip + 4 * rows * columns].view(np.float32)
+    return values.reshape(rows, columns)
 
 
 def usable_cores() -> int:
