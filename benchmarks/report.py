@@ -247,6 +247,27 @@ def low_rank(result: Row) -> list[str]:
     ]
 
 
+def profile_steps(result: Row) -> list[str]:
+    """Milliseconds of one direction by kind of step, and their share."""
+    rows = []
+    for network, kinds in result["steps"].items():
+        whole = sum(kinds.values())
+        rows += [(network, what, f"{ms:.3f}", f"{ms / whole:.0%}") for what, ms in kinds.items()]
+    lines = table(("batch 32, one core", "step", "ms a direction", "share"), rows)
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/profile_steps.py`. {machine(result)} Commit: {result['commit']}.",
+    ]
+
+
+def profile_alternatives(result: Row) -> list[str]:
+    networks = result["alternatives"]
+    ways = next(iter(networks.values()))
+    rows = [(way, *(f"{networks[network][way]:.2f}" for network in networks)) for way in ways]
+    return table(("times the engine's time, one core", *networks), rows)
+
+
 def measured_on(cells: Row) -> str:
     """Machine, versions, dates and commits of cells that may have been measured on different days."""
     if not cells:
@@ -273,6 +294,8 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "performance:limits": performance_limits,
     "performance:seconds": performance_seconds,
     "performance:operations": performance_operations,
+    "profile:steps": profile_steps,
+    "profile:alternatives": profile_alternatives,
     "low-rank": low_rank,
     "scale": scale,
 }

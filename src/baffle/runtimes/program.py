@@ -229,6 +229,15 @@ class Program:
         there = objective.per_sample(weights)
         return bool(torch.allclose(here, there, rtol=1e-4, atol=1e-4 * float(there.abs().max())))
 
+    def describe(self, node: fx.Node) -> str:
+        """What the step that ends with ``node`` does, for a profile."""
+        first = self._chain(node)[0]
+        if c := self._convolutions.get(first):
+            kinds = {"columns": "first convolution", "point": "1×1 convolutions"}
+            return kinds.get(c.kernel, f"{c.size}×{c.size} convolutions, stride {c.stride}")
+        layer = self._layer(first)
+        return "group norms" if type(layer) is nn.GroupNorm else "pooling and the linear layer"
+
     # -- what becomes one step ----------------------------------------------------------------------
 
     def _layer(self, node: Any) -> nn.Module | None:
