@@ -122,6 +122,34 @@ def test_directions_outside_the_stream_are_refused(kind, k):
         kind.values(Stream(SEED, 0), k, LAYOUT, 0, 1)
 
 
+@KINDS_BY_SPEC
+@pytest.mark.parametrize("some", [range(0), range(-1, 3), range(2**32 - 2, 2**32 + 1), range(1, -2, -1)])
+@pytest.mark.parametrize("n", [1, 5000])  # by array operations, and by a kernel where there is one
+def test_ranges_outside_the_stream_are_refused(kind, some, n):
+    with pytest.raises(ConfigError):
+        kind.values(Stream(SEED, 0), some, Layout.flat(n), 0, n)
+
+
+@KINDS_BY_SPEC
+@pytest.mark.parametrize("some", [range(1), range(3, 9), range(2**32 - 1, 2**32 - 12, -5), range(7, 40, 11)])
+@pytest.mark.parametrize("layout", [LAYOUT, Layout(("w", "b"), ((60, 70), (1000,)))], ids=["small", "large"])
+def test_several_directions_are_the_rows_of_one_array(kind, some, layout, torch_devices):
+    stream, (start, stop) = Stream(SEED, 9), (1, layout.n - 1)
+    single = np.array([kind.plain(stream, k, layout, start, stop) for k in some])
+    assert np.array_equal(bits(kind.plain(stream, some, layout, start, stop)), bits(single))
+    assert np.array_equal(bits(kind.values(stream, some, layout, start, stop)), bits(single))
+    for arrays in torch_devices:
+        made = kind.values(stream, some, layout, start, stop, arrays).numpy(force=True)
+        assert np.array_equal(bits(made), bits(single))
+
+
+def test_empty_tensors_take_no_values_and_a_matrix_takes_its_factors():
+    """Of a (0, 7) matrix B alone has half-words: 7·r of them lie between the factors of its neighbours."""
+    layout, gap = Layout(("a", "e", "f", "b"), ((2, 3), (0, 7), (0,), (4,))), (2 + 3) * 2 + 7 * 2
+    vector = Gaussian().values(Stream(SEED, 0), 1, Layout.flat(99), gap, gap + 4)
+    assert np.array_equal(bits(whole(LowRank(2), layout, 1)[6:]), bits(vector))
+
+
 def test_parameters_outside_the_stream_are_refused():
     for kind, most in ((Gaussian(), 1 << 35), (LowRank(2), 1 << 35), (Rademacher(), 1 << 39)):
         with pytest.raises(ConfigError):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from baffle.errors import ConfigError
-from baffle.stream import Stream, derive_seed, philox4x32, seed_from
+from baffle.stream import NUMPY, Stream, derive_seed, philox4x32, seed_from
 
 SEED = seed_from(7)
 seeds = st.binary(min_size=32, max_size=32)
@@ -77,6 +77,44 @@ def test_the_last_words_of_the_last_direction_exist():
 def test_streams_that_cannot_be(seed, round_):
     with pytest.raises(ConfigError):
         Stream(seed, round_)
+
+
+# -- blocks and array libraries --------------------------------------------------------------------------
+
+
+@given(seeds, rounds, st.integers(0, 2**32 - 9), st.integers(0, 2**32 - 3))
+def test_blocks_of_several_directions_are_those_of_each(seed, round_, k, start):
+    stream, some = Stream(seed, round_), range(k, k + 7, 3)
+    together = np.array(stream.blocks(some, start, start + 3))
+    assert together.shape == (4, 3, 3)
+    for row, one in enumerate(some):
+        assert np.array_equal(together[:, row], np.array(stream.blocks(one, start, start + 3)))
+
+
+@pytest.mark.parametrize("some", [range(0), range(-1, 1), range(2**32, 2**32 + 1)])
+def test_blocks_of_directions_outside_the_stream_are_refused(some):
+    with pytest.raises(ConfigError):
+        Stream(SEED, 0).blocks(some, 0, 1)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("some", [3, range(2, 4)], ids=["one", "two"])
+def test_half_words_and_bits_come_in_the_stated_order(library, some):
+    arrays = NUMPY
+    if library == "torch":
+        pytest.importorskip("torch")
+        from baffle.runtimes.torch import TorchArrays
+
+        arrays = TorchArrays()
+    stream = Stream(SEED, 1)
+    lanes = stream.blocks(some, 5, 8, arrays)
+    words = np.array([stream.words(k, 20, 32) for k in ([some] if some == 3 else some)]).astype(np.int64)
+    halves = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(len(words), -1)
+    bits = (words[:, :, None] >> np.arange(32) & 1).reshape(len(words), -1)
+    if some == 3:
+        halves, bits = halves[0], bits[0]
+    assert np.array_equal(np.asarray(arrays.halves(lanes)).astype(np.int64) % 65536, halves)
+    assert np.array_equal(np.asarray(arrays.bits(lanes)), bits)
 
 
 # -- seeds ---------------------------------------------------------------------------------------------
