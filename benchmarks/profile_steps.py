@@ -83,7 +83,7 @@ def alternatives(name: str, channels: int, directions: int, turns: int, batch: B
     module = models.build(name, channels, 10, seed=0).eval()
     inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
     engine, plain = TorchRuntime(module), TorchRuntime(module)
-    plain._program = False
+    plain._sweeps._programmable = False
     weights, named = engine.weights(), dict(module.named_parameters())
     z = torch.from_numpy(
         Gaussian().values(Stream(bytes(32), 0), range(directions), engine.layout, 0, len(weights))

@@ -28,10 +28,10 @@ ROWS = """
     kernels.winograd
     kernels.layers
     perturbations models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
-    runtimes runtimes.lowrank runtimes.objective models data.pickles data.picture
+    runtimes runtimes.lowrank runtimes.objective runtimes.arrays models data.pickles data.picture
     runtimes.onebyone
     runtimes.batched runtimes.program
-    runtimes.tangent
+    runtimes.sweeps runtimes.tangent
     estimator runtimes.torch data.dataset
     plan data.folders
     aggregation local vectors data.hub

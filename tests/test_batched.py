@@ -15,8 +15,7 @@ from baffle.errors import ConfigError
 from baffle.estimator import SteinEstimator
 from baffle.models import build
 from baffle.perturbations import Gaussian
-from baffle.runtimes import Batch
-from baffle.runtimes import torch as runtimes_torch
+from baffle.runtimes import Batch, sweeps
 from baffle.runtimes.batched import Survey, batched, chunk_for, in_chunks, pays
 from baffle.runtimes.torch import TorchRuntime, cross_entropy
 from baffle.stream import Stream, seed_from
@@ -62,7 +61,7 @@ def by(runtime: TorchRuntime, way: str, batch: Batch, directions, scale: float =
         if way == "batched":
             modules = [runtime._part.module]
             return batched(objective, modules, origin, list(directions), scale, rows, chunk)
-        return runtime._one_by_one(objective, origin, list(directions), scale, rows)
+        return runtime._sweeps.one_by_one(objective, origin, list(directions), scale, rows)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
@@ -114,7 +113,7 @@ class TestContractOfBatches(RuntimeContract):
 
     def test_it_is_batches_that_this_class_is_about(self, parts, monkeypatch):
         runtime, w, batch = parts
-        monkeypatch.setattr(runtime, "_one_by_one", None)
+        monkeypatch.setattr(runtime._sweeps, "one_by_one", None)
         runtime.losses(w, batch, STREAM, GAUSS, range(3), 0.1)
 
 
@@ -123,9 +122,9 @@ class TestContractOfForcedBatches(RuntimeContract):
 
     @pytest.fixture(autouse=True)
     def always(self, monkeypatch):
-        monkeypatch.setattr(runtimes_torch, "pays", lambda seen, device: True)
-        monkeypatch.setattr(runtimes_torch, "MOST_ON_CPU", 3)
-        monkeypatch.setattr(TorchRuntime, "_one_by_one", None)
+        monkeypatch.setattr(sweeps, "pays", lambda seen, device: True)
+        monkeypatch.setattr(sweeps, "MOST_ON_CPU", 3)
+        monkeypatch.setattr(sweeps.Sweeps, "one_by_one", None)
 
     def runtime(self) -> TorchRuntime:
         return TorchRuntime(build("lenet", 3, 3, seed=0, channels=(4, 8), norm="group"))
@@ -146,7 +145,7 @@ class TestContractOfForcedBatches(RuntimeContract):
 def test_a_cpu_batches_small_networks_without_convolutions(name, batches, monkeypatch):
     module, batch = (make() for make in NETWORKS[name])
     runtime = TorchRuntime(module)
-    monkeypatch.setattr(runtime, "_one_by_one" if batches else "_chunk", None)
+    monkeypatch.setattr(runtime._sweeps, "one_by_one" if batches else "chunk", None)
     runtime.losses(runtime.weights(), batch, STREAM, GAUSS, range(3), 0.1)
 
 
@@ -154,7 +153,7 @@ def test_a_survey_counts_multiplications():
     module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(5 * 36, 7))
     runtime, batch = TorchRuntime(module), pictures()
     with torch.inference_mode():
-        seen = runtime._survey(runtime._objective(batch), torch.from_numpy(runtime.weights()))
+        seen = runtime._sweeps.survey(runtime._objective(batch), torch.from_numpy(runtime.weights()))
     products = 4 * 36 * 5 * 27 + 4 * 7 * 180
     assert seen.convolutions == 1
     assert products <= seen.multiplications <= 1.5 * products  # and the elements of everything else
@@ -271,14 +270,13 @@ def test_directions_made_together_are_the_ones_made_alone():
     for asked in ([0], [3, 1, 2, 9], [9, 9, 0], list(range(12)), [11]):
         for k, row in zip(asked, runtime._rows(STREAM, GAUSS)(asked), strict=True):
             np.testing.assert_array_equal(row.numpy(), want[k])
-    assert len(runtime._kept) <= runtime.chunk
 
 
 def test_an_estimate_is_the_same_to_rounding_whichever_way_it_was_measured(monkeypatch):
     module, batch = build("mlp", 3, 3, seed=0), pictures(16)
     w = TorchRuntime(module).weights()
     together = SteinEstimator(30, 1e-2, "central").slopes(TorchRuntime(module), w, batch, STREAM)
-    monkeypatch.setattr(runtimes_torch, "pays", lambda seen, device: False)
+    monkeypatch.setattr(sweeps, "pays", lambda seen, device: False)
     alone = SteinEstimator(30, 1e-2, "central").slopes(TorchRuntime(module), w, batch, STREAM)
     # A loss of about 1 is off by a few 2⁻²⁴, twice, over 2σ.
     np.testing.assert_allclose(together.slopes, alone.slopes, atol=16 * 2**-24 / 1e-2, rtol=0)

@@ -64,7 +64,7 @@ def partly_frozen() -> nn.Module:
 def test_the_same_bits_for_any_number_of_threads(module, batch, batches, monkeypatch):
     """Sixty directions, three times over: a race would not spare all of them."""
     if not batches:
-        monkeypatch.setattr("baffle.runtimes.torch.pays", lambda seen, device: False)
+        monkeypatch.setattr("baffle.runtimes.sweeps.pays", lambda seen, device: False)
     module, batch = made(module).train(), batch()
     before = state_of(module)
     results = []
@@ -218,7 +218,7 @@ class InPlaceInputs(nn.Module):
 @pytest.mark.parametrize("module", [Around, Locked, Unseen, Hooked, InPlaceInputs])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_unusual_modules_are_measured_right(module, workers, monkeypatch):
-    monkeypatch.setattr("baffle.runtimes.torch.pays", lambda seen, device: False)
+    monkeypatch.setattr("baffle.runtimes.sweeps.pays", lambda seen, device: False)
     module = made(module)
     before, batch = state_of(module), vectors()
     torch.set_num_threads(workers)

@@ -38,7 +38,7 @@ def batch(channels=1, size=12, count=6, seed=0):
 
 def program_of(runtime, samples):
     runtime.loss(runtime.weights(), samples)
-    return runtime._program or None
+    return runtime._sweeps._program
 
 
 def exact(module, samples):
@@ -236,7 +236,7 @@ def test_hooks_and_their_absence_without_kernels(monkeypatch):
     hooked = runtime.loss(runtime.weights(), samples)
     handle.remove()
     assert calls
-    monkeypatch.setattr("baffle.runtimes.torch.available", lambda: False)
+    monkeypatch.setattr("baffle.runtimes.sweeps.available", lambda: False)
     other = TorchRuntime(build("lenet", 1, 10, seed=0))
     assert program_of(other, samples) is None
     assert hooked == other.loss(other.weights(), samples) == pytest.approx(by_program, rel=1e-5)

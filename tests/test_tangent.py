@@ -285,7 +285,7 @@ def test_a_cached_prefix_gives_the_same_slopes():
     assert measured(module, cached).slopes.tolist() == measured(module, batch).slopes.tolist()
 
 
-def test_directions_kept_by_another_scheme_serve_too():
+def test_schemes_may_alternate_on_one_runtime():
     module, batch = (make() for make in NETWORKS["mlp"])
     runtime = TorchRuntime(module)
     w = runtime.weights()

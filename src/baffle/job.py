@@ -51,7 +51,8 @@ def build(config: TrainConfig) -> Job:
     module = build_model(config, train)
     runtime = TorchRuntime(module, device=_device(config.device))
     parts, names = split(config, train), client_names(config, train)
-    runtime.check_sigma(config.sigma)
+    if config.scheme != "tangent":  # which has no σ
+        runtime.check_sigma(config.sigma)
     test_batches = [
         test.batch(slice(at, at + _EVALUATION_BATCH)) for at in range(0, len(test), _EVALUATION_BATCH)
     ]

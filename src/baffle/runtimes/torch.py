@@ -2,7 +2,7 @@
 
 The user's module is never subclassed, wrapped or written to: a forward pass is a functional call, or a call
 of a copy of its structure, with W + scale·z_k in place of the trainable parameters and copies of the
-buffers. ``TorchRuntime._sweep`` chooses the way through the directions: ``batched`` or ``onebyone``.
+buffers. ``sweeps`` chooses the way through the directions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +21,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from baffle.errors import ConfigError, PrecisionError
-from baffle.kernels import available
 from baffle.perturbations import Layout, LowRank, Perturbation
 from baffle.runtimes import Batch
-from baffle.runtimes.batched import FEWEST, MOST_ON_CPU, Survey, batched, chunk_for, pays, survey
-from baffle.runtimes.lowrank import shared_weight_losses
+from baffle.runtimes.arrays import TorchArrays
+from baffle.runtimes.batched import FEWEST
 from baffle.runtimes.objective import Directions, Loss, Objective, Part
-from baffle.runtimes.onebyone import Replica, has_hooks, on_own_threads, one_by_one, verified
 from baffle.runtimes.prefix import split_frozen_prefix
+from baffle.runtimes.sweeps import Sweeps
 from baffle.runtimes.tangent import derivatives
-from baffle.stream import NUMPY, Arrays, Lanes, Stream
+from baffle.stream import NUMPY, Arrays, Stream
 
 # The smallest σ whose slopes still follow the exact directional derivative (correlation ≥ 0.99; LeNet,
 # central), by the coarsest type in the forward pass. `baffle doctor` measures them on this machine.
@@ -48,56 +46,15 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs.double(), targets, reduction="none")
 
 
-class TorchArrays:
-    """``Arrays`` on a torch device: the bits of the normative NumPy stream."""
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self._constants: dict[str, Tensor] = {}
-
-    def arange(self, start: int, stop: int) -> Tensor:
-        return torch.arange(start, stop, dtype=torch.int64, device=self.device)
-
-    def _pairs(self, lanes: Lanes) -> Tensor:
-        """The words of blocks in order, two to an int64: (..., m, 2)."""
-        c0, c1, c2, c3 = lanes
-        return torch.stack((c0 | c1 << 32, c2 | c3 << 32), dim=-1)
-
-    def halves(self, lanes: Lanes) -> Tensor:
-        return self._pairs(lanes).view(torch.int16).flatten(-2).long()
-
-    def bits(self, lanes: Lanes) -> Tensor:
-        words = self._pairs(lanes).view(torch.int32).unsqueeze(-1)
-        return (words >> torch.arange(32, dtype=torch.int32, device=self.device) & 1).flatten(-3)
-
-    def constant(self, name: str, values: NDArray[Any]) -> Tensor:
-        if name not in self._constants:
-            self._constants[name] = torch.from_numpy(values.copy()).to(self.device)
-        return self._constants[name]
-
-    def scalar(self, value: float) -> Tensor:
-        return torch.tensor([value], dtype=torch.float64, device=self.device)
-
-    def float32(self, array: Tensor) -> Tensor:
-        return array.to(torch.float32)
-
-    def float64(self, array: Tensor) -> Tensor:
-        return array.to(torch.float64)
-
-    def empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-
 class TorchRuntime:
     """Losses of ``module`` by forward passes alone.
 
     Only parameters with ``requires_grad`` are perturbed. Everything is measured in ``eval`` mode (dropout
     off, batch norm on its running statistics) and the module's modes are put back. ``loss(outputs,
     targets)`` returns per-sample losses (B,); they are averaged in float64. ``memory_budget`` (bytes)
-    bounds the directions of a round that are kept for the next client of the same process, and the memory
-    of directions that are measured together. ``tangent_products`` is the type in which ``derivatives``
-    multiplies changes in linear and convolution layers, e.g. ``torch.bfloat16`` for matrix units; None
-    stands for the module's own. Values stay in float32.
+    bounds the memory of directions that are measured together. ``tangent_products`` is the type in which
+    ``derivatives`` multiplies changes in linear and convolution layers, e.g. ``torch.bfloat16`` for matrix
+    units; None stands for the module's own. Values stay in float32.
 
     On a CPU, ``module`` and ``loss`` may be called in several threads, as many as torch may use, each
     thread with its own copy of the module's structure as it was at the first measurement. Every loss is
@@ -121,7 +78,6 @@ class TorchRuntime:
         self.module = module
         self.loss_function = loss
         self.device = torch.device(device)
-        self.memory_budget = memory_budget
         self.tangent_products = tangent_products
         self._layout = Layout(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
         dtypes = tuple(p.dtype for p in trainable.values())
@@ -132,10 +88,6 @@ class TorchRuntime:
         }
         self._buffers = {name: b.detach().to(self.device) for name, b in module.named_buffers()}
         self._arrays: Arrays = NUMPY if self.device.type == "cpu" else TorchArrays(self.device)
-        self.chunk = max(1, memory_budget // (self._wide.itemsize * self._layout.n))
-        self._kept: dict[int, Tensor] = {}
-        self._kept_for: tuple[Stream, str] | None = None
-        self._keeping = threading.Lock()
         with self._measuring():
             self._prefix = split_frozen_prefix(module)
         part = module if self._prefix is None else self._prefix.after
@@ -150,12 +102,7 @@ class TorchRuntime:
             {own: self._buffers[name] for own, name in names.items() if name in self._buffers},
         )
         self._prefix_names = {} if self._prefix is None else self._names_in(self._prefix.before)
-        self._surveys: dict[tuple[object, ...], Survey] = {}
-        self._replicas: list[Replica] = []
-        self._program: Any = None  # not known before the first measurement; False where there is none
-        self._memories: list[Any] = []
-        self._replicable: bool | None = None  # not known before the first measurement
-        self._batchable = True
+        self._sweeps = Sweeps(self._part, self.device, memory_budget)
         self._held: tuple[Batch, Objective] | None = None
 
     @property
@@ -208,7 +155,7 @@ class TorchRuntime:
     def loss(self, weights: NDArray[np.float32], batch: Batch) -> float:
         with torch.inference_mode(), self._measuring():
             origin = self._wide_tensor(weights)
-            return float(self._sweep(self._objective(batch), origin, [0], 0.0, _nowhere(origin))[0])
+            return float(self._sweeps.losses(self._objective(batch), origin, [0], 0.0, _nowhere(origin))[0])
 
     def losses(
         self,
@@ -221,21 +168,14 @@ class TorchRuntime:
     ) -> NDArray[np.float64]:
         with torch.inference_mode(), self._measuring():
             origin, objective = self._wide_tensor(weights), self._objective(batch)
-            if isinstance(perturbation, LowRank) and self._shares(objective, origin):
-                losses = shared_weight_losses(
-                    objective.per_sample,
-                    self._part.cast(origin),
-                    stream,
-                    perturbation,
-                    self._layout,
-                    directions,
-                    scale,
-                    arrays=self._arrays,
+            if isinstance(perturbation, LowRank):
+                losses = self._sweeps.low_rank_losses(
+                    objective, origin, stream, perturbation, directions, scale, self._arrays
                 )
                 if losses is not None:
                     return losses
             rows = self._rows(stream, perturbation)
-            return self._sweep(objective, origin, list(directions), scale, rows)
+            return self._sweeps.losses(objective, origin, list(directions), scale, rows)
 
     def derivatives(
         self,
@@ -248,7 +188,7 @@ class TorchRuntime:
         with torch.no_grad(), self._measuring():
             origin, rows = self._wide_tensor(weights), self._rows(stream, perturbation)
             objective = self._objective(batch)
-            chunk = self._chunk(self._survey(objective, origin), FEWEST)
+            chunk = self._sweeps.chunk(self._sweeps.survey(objective, origin), FEWEST)
             return derivatives(objective, origin, list(directions), rows, chunk, self.tangent_products)
 
     @contextlib.contextmanager
@@ -280,95 +220,6 @@ class TorchRuntime:
             values = self._part.cast(self._wide_tensor(weights))
             result: Tensor = self._objective(batch).outputs(values).cpu()
             return result
-
-    # -- ways through the directions ----------------------------------------------------------------
-
-    def _sweep(
-        self, objective: Objective, origin: Tensor, directions: Sequence[int], scale: float, rows: Directions
-    ) -> NDArray[np.float64]:
-        """Mean losses (len(directions),) at W + scale·z_k, by the way that suits the part and the device."""
-        if self._programmable(objective, origin):
-            from baffle.runtimes.program import Memory, by_program
-
-            workers = min(torch.get_num_threads(), max(1, len(directions)))
-            self._memories += [Memory() for _ in range(workers - len(self._memories))]
-            memories = self._memories[:workers]
-            return by_program(self._program, memories, objective, origin, directions, scale, rows)
-        if not directions:
-            return np.empty(0)
-        if self._batchable and not has_hooks(self._part.module):
-            seen = self._survey(objective, origin)
-            if pays(seen, self.device):
-                try:
-                    copies = self._workers(objective, origin, -(-len(directions) // FEWEST))
-                    modules = [replica.module for replica in copies] or [self._part.module]
-                    chunk = self._chunk(seen, MOST_ON_CPU)
-                    return batched(objective, modules, origin, directions, scale, rows, chunk)
-                except (ConfigError, torch.OutOfMemoryError):
-                    raise
-                except Exception:  # vmap raises many types; whatever is truly wrong shows one by one too
-                    losses = self._one_by_one(objective, origin, directions, scale, rows)
-                    self._batchable = False
-                    return losses
-        return self._one_by_one(objective, origin, directions, scale, rows)
-
-    def _shares(self, objective: Objective, origin: Tensor) -> bool:
-        """Whether low-rank directions pay as one product with W and a correction: on a GPU always, on a CPU
-        where no convolution depends on W (docs/performance.md).
-        """
-        if has_hooks(self._part.module):
-            return False
-        return self.device.type != "cpu" or self._survey(objective, origin).convolutions == 0
-
-    def _programmable(self, objective: Objective, origin: Tensor) -> bool:
-        """Whether the part has a program, that this batch suits. The first time costs two forward passes."""
-        if self._program is False or has_hooks(self._part.module) or not on_own_threads():
-            return False
-        (x,) = objective.inputs if len(objective.inputs) == 1 else (None,)
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() != 4:
-            return False
-        if self._program is None:
-            self._program = False
-            if self.device.type == "cpu" and available():
-                from baffle.runtimes.program import Program
-
-                program = Program.of(self._part)
-                self._program = program if program and program.agrees(objective, origin) else False
-        return self._program is not False
-
-    def _one_by_one(
-        self, objective: Objective, origin: Tensor, directions: Sequence[int], scale: float, rows: Directions
-    ) -> NDArray[np.float64]:
-        replicas = self._workers(objective, origin, len(directions))
-        return one_by_one(objective, replicas, origin, directions, scale, rows)
-
-    def _survey(self, objective: Objective, origin: Tensor) -> Survey:
-        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else None for x in objective.inputs)
-        if key not in self._surveys:
-            self._surveys[key] = survey(objective, origin)
-        return self._surveys[key]
-
-    def _chunk(self, seen: Survey, most_on_cpu: int) -> int:
-        n, itemsize = self._layout.n, self._wide.itemsize
-        return chunk_for(seen, n, itemsize, self.memory_budget, self.device, most_on_cpu)
-
-    def _workers(self, objective: Objective, origin: Tensor, tasks: int) -> list[Replica]:
-        """Replicas for as many tasks at once as torch may use threads; none where only the module itself
-        can be trusted to be the module. The first time costs two forward passes.
-        """
-        if self._replicable is False or self.device.type != "cpu" or has_hooks(self._part.module):
-            return []
-        threads = torch.get_num_threads() if on_own_threads() else 1
-        count = max(1, min(threads, tasks))
-        try:
-            while len(self._replicas) < count:
-                self._replicas.append(Replica(self._part))
-        except Exception:  # a module may hold anything, of which some cannot be copied
-            self._replicable = False
-            return []
-        if self._replicable is None:
-            self._replicable = verified(objective, self._replicas[0], origin)
-        return self._replicas[:count] if self._replicable else []
 
     # -- the frozen prefix --------------------------------------------------------------------------
 
@@ -421,25 +272,20 @@ class TorchRuntime:
         return torch.tensor(weights, dtype=self._wide, device=self.device)
 
     def _rows(self, stream: Stream, perturbation: Perturbation) -> Directions:
-        """Numbers k → tensors z_k. The first ``chunk`` directions of a round are kept for its next client."""
-        if self._kept_for != (stream, perturbation.spec):
-            self._kept, self._kept_for = {}, (stream, perturbation.spec)
-        kept, n = self._kept, self._layout.n
+        """Numbers k → tensors z_k, made anew each time: that takes a small part of a forward pass, and to
+        keep them for the next client would take K·n floats.
+        """
+        n = self._layout.n
 
         def rows(directions: Sequence[int]) -> list[Tensor]:
-            with contextlib.suppress(KeyError):
-                return [kept[k] for k in directions]
-            found = {k: kept[k] for k in directions if k in kept}
-            for run in _runs({k for k in directions if k not in found}):
-                values = perturbation.values(stream, run, self._layout, 0, n, self._arrays)
-                with torch.inference_mode(False):  # kept ones serve derivatives too
-                    block = torch.as_tensor(values).to(self._wide)
-                    found.update(zip(run, block, strict=True))
-                with self._keeping:
-                    room = max(0, self.chunk - len(kept))
-                    # A row keeps its whole block alive, unless it is a copy.
-                    kept.update((k, found[k] if len(run) <= room else found[k].clone()) for k in run[:room])
-            return [found[k] for k in directions]
+            first, last = directions[0], directions[-1]
+            if list(directions) == list(range(first, last + 1)):
+                runs: list[Any] = [range(first, last + 1)]
+            else:
+                runs = [range(k, k + 1) for k in directions]
+            made = [perturbation.values(stream, run, self._layout, 0, n, self._arrays) for run in runs]
+            with torch.inference_mode(False):  # for forward derivatives too
+                return [row for block in made for row in torch.as_tensor(block).to(self._wide)]
 
         return rows
 
@@ -486,17 +332,6 @@ class TorchRuntime:
 
     def _input_dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _runs(numbers: set[int]) -> list[range]:
-    """The numbers as ascending ranges without gaps."""
-    runs: list[range] = []
-    for k in sorted(numbers):
-        if runs and runs[-1].stop == k:
-            runs[-1] = range(runs[-1].start, k + 1)
-        else:
-            runs.append(range(k, k + 1))
-    return runs
 
 
 def _nowhere(origin: Tensor) -> Directions:
