@@ -182,13 +182,14 @@ def _finish(
 
 
 @njit(nogil=True, cache=True)
-def _convolve(taps, x, padded, C, w, bias, activation, residual, y, shape, work, U, V, M):
+def _convolve(taps, x, padded, C, w, bias, activation, residual, y, shape, fresh, work, U, V, M):
     """Stride 1. x lies in images of ``padded`` = (PH, PW) pixels, y is of ``shape`` (B, OH, OW, out)."""
     PH, PW = padded
     B, OH, OW, out = shape
     down, across = -(-OH // _M), -(-OW // _M)
     points, kernels = (_points(taps), _points(taps)), (_kernels(taps), _kernels(taps))
-    _transform_weights(taps, taps, (0, 0, 1), w, len(taps), C, out, work, U, 0)
+    if fresh:
+        _transform_weights(taps, taps, (0, 0, 1), w, len(taps), C, out, work, U, 0)
     tile = np.empty(_M * _M * LANES, np.float32)
     for first in range(0, B * down * across, _BLOCK):
         T = min(_BLOCK, B * down * across - first)
@@ -209,7 +210,7 @@ def _convolve(taps, x, padded, C, w, bias, activation, residual, y, shape, work,
 
 
 @njit(nogil=True, cache=True)
-def _convolve_strided(taps, x, padded, C, w, bias, activation, residual, y, shape, work, U, V, M):
+def _convolve_strided(taps, x, padded, C, w, bias, activation, residual, y, shape, fresh, work, U, V, M):
     """3×3, stride 2: taps 0 and 2 of each dimension meet the even pixels of x, tap 1 the odd ones.
 
     So there are four phases, of 5·5, 5·4, 4·5 and 4·4 points, each in its part of U, V and M.
@@ -218,10 +219,11 @@ def _convolve_strided(taps, x, padded, C, w, bias, activation, residual, y, shap
     B, OH, OW, out = shape
     down, across = -(-OH // _M), -(-OW // _M)
     point = C * out + LANES
-    _transform_weights(_TWO, _TWO, (0, 0, 2), w, 3, C, out, work, U, 0)
-    _transform_weights(_TWO, _ONE, (0, 1, 2), w, 3, C, out, work, U, 25 * point)
-    _transform_weights(_ONE, _TWO, (1, 0, 2), w, 3, C, out, work, U, 30 * point)
-    _transform_weights(_ONE, _ONE, (1, 1, 2), w, 3, C, out, work, U, 35 * point)
+    if fresh:
+        _transform_weights(_TWO, _TWO, (0, 0, 2), w, 3, C, out, work, U, 0)
+        _transform_weights(_TWO, _ONE, (0, 1, 2), w, 3, C, out, work, U, 25 * point)
+        _transform_weights(_ONE, _TWO, (1, 0, 2), w, 3, C, out, work, U, 30 * point)
+        _transform_weights(_ONE, _ONE, (1, 1, 2), w, 3, C, out, work, U, 35 * point)
     size = _M * _M * LANES
     tile = np.empty(4 * size, np.float32)
     for first in range(0, B * down * across, _BLOCK):
@@ -260,6 +262,11 @@ def padding(H: int, W: int, size: int, stride: int, pad: int) -> tuple[int, int]
     return max(last[0], H + pad), max(last[1], W + pad)
 
 
+def transformed(C: int, out: int, size: int, stride: int) -> int:
+    """Floats of the transformed weights."""
+    return (36 if stride == 2 else (_M + size - 1) ** 2) * (C * out + LANES)
+
+
 def convolve(
     x: Floats,
     w: Floats,
@@ -270,22 +277,25 @@ def convolve(
     residual: Floats,
     y: Floats,
     scratch: Callable[[str, int], Floats],
+    name: str = "",
+    fresh: bool = True,
 ) -> None:
     """y = activation(conv(x, w) + bias) + residual: 3×3 or 5×5 of stride 1, or 3×3 of stride 2.
 
     x (B, PH, PW, C) as ``padding`` says, w (out·C·size²,) in torch's order, y (B, OH, OW, out), C and out
     multiples of 16; ``bias`` (out,) and ``residual`` (like y, flat) may be empty. ``scratch(name, floats)``
-    gives memory: up to 6 floats a weight, and 81·32·(C + out).
+    gives memory: up to 4 floats a weight (of 3×3) under ``name``, and 81·32·(C + out) that all share. Unless
+    ``fresh``, the weights are those of the last call with that name.
     """
     _, PH, PW, C = x.shape
     out = y.shape[3]
     points = 81 if stride == 2 else (_M + size - 1) ** 2
     work = (
         scratch("taps", size * size * C * out),
-        scratch("U", (36 if stride == 2 else points) * (C * out + LANES)),
+        scratch(f"U {name}", transformed(C, out, size, stride)),
         scratch("V", points * (_BLOCK * C + LANES)),
         scratch("M", points * (_BLOCK * out + LANES)),
     )
     run, taps = (_convolve_strided, _TWO) if stride == 2 else (_convolve, _FIVE if size == 5 else _THREE)
-    into = residual, y.reshape(-1), y.shape
+    into = residual, y.reshape(-1), y.shape, fresh
     run(taps, x.reshape(-1), (PH, PW), C, w, bias, activation, *into, *work)

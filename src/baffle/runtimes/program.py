@@ -34,6 +34,8 @@ Floats = NDArray[np.float32]
 Step = Callable[["_Pass"], Any]
 _EMPTY: Floats = np.empty(0, dtype=np.float32)
 _LANES = 16
+_CACHE = 1 << 20  # bytes that a core's cache holds, of a step's weights ...
+_BETWEEN = 2 << 20  # ... and of images that go through the steps together
 _MOST_COLUMNS = 128  # of a first convolution; more would be larger than what they save
 
 # Torch's own, called as they are: layers without parameters that are functions of one input, and operations.
@@ -123,6 +125,16 @@ class _Pass:
     def __init__(self, weights: Sequence[Tensor], inputs: dict[Any, Any], memory: Memory) -> None:
         self.weights, self.memory = weights, memory
         self.values: dict[Any, Any] = dict(inputs)
+        self.fresh = True  # whether these weights were not used before
+        self.largest = 1  # floats of the largest image so far
+        self.into: tuple[fx.Node, Floats] | None = None  # a node whose images have their place already
+
+    def take(self, node: fx.Node, B: int, H: int, W: int, C: int) -> Floats:
+        """Memory for the images of a node."""
+        self.largest = max(self.largest, H * W * C)
+        if self.into is not None and self.into[0] is node:
+            return self.into[1]
+        return self.memory.take(B, H, W, C)
 
     def image(self, node: Any) -> _Image:
         """A value as kernels take it."""
@@ -180,6 +192,8 @@ class Program:
             if node not in self._behind:
                 self._steps.append((node, self._step(node), []))
         self._bury()
+        self._cut = self._where_to_cut()
+        self._group: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
 
     @classmethod
     def of(cls, part: Part) -> Program | None:
@@ -222,11 +236,43 @@ class Program:
     def outputs(self, weights: Sequence[Tensor], inputs: dict[Any, Any], memory: Memory) -> Any:
         """The part's outputs for ``weights``, the trainable tensors in the order of the layout."""
         here = _Pass(weights, inputs, memory)
-        for node, step, dead in self._steps:
+        size = len(inputs[self._inputs[0]])
+        few, shape = self._few(inputs, memory)
+        if self._cut is None or few >= size:
+            self._run(here, self._steps)
+            return here.tensor(self._output)
+        at_cut, steps = self._cut
+        whole = memory.take(size, *shape)
+        for at in range(0, size, few):
+            group = _Pass(weights, {key: _some(x, at, at + few) for key, x in inputs.items()}, memory)
+            group.fresh, group.into = at == 0, (at_cut, whole[at : at + few])
+            self._run(group, self._steps[:steps])
+            crossing: _Image = group.values[at_cut]
+        here.values = {at_cut: crossing._replace(data=whole)}
+        self._run(here, self._steps[steps:])
+        return here.tensor(self._output)
+
+    def _run(self, here: _Pass, steps: list[tuple[fx.Node, Step, list[fx.Node]]]) -> None:
+        for node, step, dead in steps:
             here.values[node] = step(here)
             for gone in dead:
-                memory.give(here.values.pop(gone).data)
-        return here.tensor(self._output)
+                here.memory.give(here.values.pop(gone).data)
+
+    def _few(self, inputs: dict[Any, Any], memory: Memory) -> tuple[int, tuple[int, ...]]:
+        """How many images to take through the steps before the cut together, so that what lies between two
+        steps stays in a core's cache; and the shape of one image at the cut. One image is tried first.
+        """
+        key = tuple(inputs[self._inputs[0]].shape[1:])
+        if key not in self._group:
+            here = _Pass([torch.zeros(shape) for shape in self._part.layout.shapes], {}, memory)
+            here.values = {node: _some(value, 0, 1) for node, value in inputs.items()}
+            shape: tuple[int, ...] = ()
+            if self._cut is not None:
+                self._run(here, self._steps[: self._cut[1]])
+                shape = here.values[self._cut[0]].data.shape[1:]
+            few = max(1, _BETWEEN // (4 * here.largest))
+            self._group[key] = 1 << (few.bit_length() - 1), shape
+        return self._group[key]
 
     def agrees(self, objective: Objective, origin: Tensor) -> bool:
         """Whether the program gives the losses of the module itself, to rounding. Cost: two forward passes.
@@ -359,7 +405,7 @@ class Program:
         return flat
 
     def _convolution(self, chain: list[fx.Node], c: _Convolution) -> Step:
-        node, source = chain[0], chain[0].args[0]
+        node, last, source = chain[0], chain[-1], chain[0].args[0]
         weight, bias = self._flat(node, "weight"), self._flat(node, "bias")
         activation, pool, summand = winograd.NONE, 1, None
         for before, behind in itertools.pairwise(chain):
@@ -377,7 +423,7 @@ class Program:
             x = here.image(origin)
             B, _, PW, C = x.data.shape
             H, W = (((edge - 1) // stride + 1) // pool for edge in (x.H, x.W))
-            y = _room(here, B, H, W, c.out, margin)
+            y = _room(here, last, B, H, W, c.out, margin)
             residual = _EMPTY if summand is None else here.flat(summand)
             layers.project(
                 x.data.reshape(-1), (x.pad * PW + x.pad) * C, x.pitch, stride, weight(here), C, bias(here),
@@ -395,7 +441,7 @@ class Program:
                 layers.pad_images(here.flat(source), (B, x.H, x.W, C), c.pad, (high, wide), padded)
                 x = _Image(padded.reshape(B, high, wide, C), x.H, x.W, c.pad)
             H, W = ((edge + 2 * c.pad - c.size) // c.stride + 1 for edge in (x.H, x.W))
-            y = here.memory.take(B, H, W, c.out)
+            y = here.take(last, B, H, W, c.out)
             residual = _EMPTY if summand is None else here.flat(summand)
             winograd.convolve(
                 x.data,
@@ -413,7 +459,7 @@ class Program:
         return filter_ if c.kernel == "winograd" else project
 
     def _group_norm(self, chain: list[fx.Node], layer: nn.GroupNorm) -> Step:
-        node, source, margin = chain[0], chain[0].args[0], self._margin(chain[-1])
+        node, last, source, margin = chain[0], chain[-1], chain[0].args[0], self._margin(chain[-1])
         weight, bias = self._flat(node, "weight"), self._flat(node, "bias")
         activation = self._activation(chain[1]) if len(chain) > 1 else winograd.NONE
         groups, eps = layer.num_groups, layer.eps
@@ -421,7 +467,7 @@ class Program:
         def norm(here: _Pass) -> _Image:
             x = here.image(source)
             B, C = x.data.shape[0], x.data.shape[3]
-            y = _room(here, B, x.H, x.W, C, margin)
+            y = _room(here, last, B, x.H, x.W, C, margin)
             layers.group_norm(
                 here.flat(source), (B, x.H, x.W, C), groups, eps, weight(here), bias(here), activation,
                 y.data.reshape(-1), y.pad, y.data.shape[1:3],
@@ -471,6 +517,27 @@ class Program:
             return lambda here: getattr(first(here), str(node.target))(*args[1:], **kwargs)
         raise _NoProgramError
 
+    def _where_to_cut(self) -> tuple[fx.Node, int] | None:
+        """The last node, and the number of steps, before weights are larger than a core's cache.
+
+        Up to there images go through in small groups: the weights of those steps stay in the cache, and so
+        does what lies between them. None where more than one image crosses, or no step comes before.
+        """
+        sizes = {
+            node: winograd.transformed(layer.in_channels, c.out, c.size, c.stride)
+            for node, c in self._convolutions.items()
+            if c.kernel == "winograd" and isinstance(layer := self._layer(node), nn.Conv2d)
+        }
+        for i, (node, _, _) in enumerate(self._steps):
+            if 4 * sizes.get(self._chain(node)[0], 0) > _CACHE:
+                before = {step for step, _, _ in self._steps[:i]}
+                after = [member for step, _, _ in self._steps[i:] for member in self._chain(step)]
+                crossing = {s for member in after for s in member.all_input_nodes if s in before}
+                if len(crossing) == 1 and crossing <= self._images - {self._output}:
+                    return crossing.pop(), i
+                return None
+        return None
+
     def _bury(self) -> None:
         """After which step an image is read no more: then its memory serves the next.
 
@@ -488,12 +555,19 @@ class Program:
                 self._steps[i][2].append(node)
 
 
-def _room(here: _Pass, B: int, H: int, W: int, C: int, margin: tuple[int, list[_Convolution]]) -> _Image:
-    """Memory for an image, with the margin that its readers want."""
+def _room(
+    here: _Pass, node: fx.Node, B: int, H: int, W: int, C: int, margin: tuple[int, list[_Convolution]]
+) -> _Image:
+    """Memory for a node's images, with the margin that its readers want."""
     pad, readers = margin
     sizes = [winograd.padding(H, W, c.size, c.stride, c.pad) for c in readers] or [(H, W)]
     high, wide = max(h for h, _ in sizes), max(w for _, w in sizes)
-    return _Image(here.memory.take(B, high, wide, C), H, W, pad)
+    return _Image(here.take(node, B, high, wide, C), H, W, pad)
+
+
+def _some(value: Any, start: int, stop: int) -> Any:
+    """Some images of a batch, a view."""
+    return value._replace(data=value.data[start:stop]) if isinstance(value, _Image) else value[start:stop]
 
 
 def _average(here: _Pass, node: Any) -> Tensor:
