@@ -30,7 +30,8 @@ ROWS = """
     perturbations models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
     runtimes runtimes.lowrank runtimes.objective runtimes.arrays models data.pickles data.picture
     runtimes.onebyone
-    runtimes.batched runtimes.program
+    runtimes.batched runtimes.steps
+    runtimes.program
     runtimes.sweeps runtimes.tangent
     estimator runtimes.torch data.dataset
     plan data.folders

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("numba")
 
 from baffle.kernels import layers, winograd
-from baffle.runtimes.program import Memory
+from baffle.runtimes.steps import Memory
 
 EMPTY = np.empty(0, dtype=np.float32)
 # Roundings of 2⁻²⁴ relative to the largest output. A transform's rows sum up to 10 in absolute value, in

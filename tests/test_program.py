@@ -158,6 +158,26 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_on_what_ran_before():
     assert len(set(losses[1].tolist())) == 9
 
 
+@pytest.mark.parametrize("images", [1, 2, 4, 8])
+def test_groups_of_images_change_no_bit(images):
+    runtime, samples = TorchRuntime(build("wrn-10-2", 3, 10, seed=0)), batch(3)
+    weights, program = runtime.weights(), program_of(runtime, samples)
+    ((size, group),) = program._group.items()
+    found = []
+    for few in (images, 64):
+        program._group[size] = few, group[1]
+        found.append(runtime.losses(weights, samples, STREAM, Gaussian(), range(4), 1e-3))
+    np.testing.assert_array_equal(*found)
+
+
+def test_groups_stay_in_the_cache_and_the_columns_go_with_their_batch():
+    runtime, samples = TorchRuntime(build("wrn-10-2", 3, 10, seed=0)), batch(3, 32, 9)
+    program = program_of(runtime, samples)
+    ((few, _),) = program._group.values()
+    assert few == 8  # of 34·34·32 floats, in 2 MB
+    assert program._entered is None
+
+
 def test_directions_run_on_several_threads():
     seen = set()
 

@@ -28,7 +28,8 @@ from baffle.runtimes.onebyone import Replica, has_hooks, on_own_threads, one_by_
 from baffle.stream import Arrays, Stream
 
 if TYPE_CHECKING:
-    from baffle.runtimes.program import Memory, Program
+    from baffle.runtimes.program import Program
+    from baffle.runtimes.steps import Memory
 
 
 class Sweeps:
@@ -134,7 +135,8 @@ class Sweeps:
         scale: float,
         rows: Directions,
     ) -> NDArray[np.float64]:
-        from baffle.runtimes.program import Memory, by_program
+        from baffle.runtimes.program import by_program
+        from baffle.runtimes.steps import Memory
 
         workers = min(torch.get_num_threads(), max(1, len(directions)))
         self._memories += [Memory() for _ in range(workers - len(self._memories))]
