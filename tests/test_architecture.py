@@ -49,11 +49,12 @@ AT_ONCE = {
     "torch": {"server", "optimizers", "job"}
     | {name for name in MODULES if name.startswith(("models", "runtimes."))},
     "safetensors": {"checkpoint", "runs"},
-    "numba": {"kernels.directions", "kernels.simd", "kernels.winograd", "kernels.layers"},
+    "numba": {"kernels.directions", "kernels.simd"},
     "llvmlite": {"kernels.simd"},
 }
 # ... and what only inside functions: whoever does not call them need not have it.
 INSIDE_FUNCTIONS = {
+    "numba": {"kernels"},
     "torch": {"doctor", "training"},
     "tqdm": {"cli"},
     "matplotlib": {"plots", "data.picture"},

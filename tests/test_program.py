@@ -187,7 +187,7 @@ def test_directions_run_on_several_threads():
         return F.cross_entropy(outputs.double(), targets, reduction="none")
 
     gate = threading.Barrier(1)
-    runtime, samples = TorchRuntime(build("lenet", 1, 10, seed=0), loss), batch()
+    runtime, samples = TorchRuntime(build("lenet", 1, 10, seed=0), loss), batch(1, 16, 12)
     runtime.loss(runtime.weights(), samples)
     seen.clear()
     gate = threading.Barrier(2)  # two directions must be under way at once, or this breaks

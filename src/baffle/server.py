@@ -183,7 +183,8 @@ class Server:
         if plan.local is not None:
             return (-total.values).astype(np.float32)
         if plan.fidelity == "forward-only":
-            gradient = plan.estimator.gradient(total.values, plan.stream, self.layout)
+            threads = torch.get_num_threads()
+            gradient = plan.estimator.gradient(total.values, plan.stream, self.layout, threads=threads)
         else:
             gradient = total.values.astype(np.float32)
             if plan.fidelity == "law":

@@ -23,6 +23,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from baffle.kernels import compiled
+
 _SPAN = 512  # values that are made at a time
 _TILE = 1024  # sums that are kept at a time
 _GROUP = 8  # Philox blocks of one vector
@@ -40,19 +42,11 @@ _M0, _M1 = _U64(0xD2511F53), _U64(0xCD9E8D57)
 _W0, _W1 = _U64(0x9E3779B9), _U64(0xBB67AE85)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compiled at the first call, to run without the interpreter's lock, and kept on disk if possible."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # numba found no place for its cache
-        return njit(nogil=True, error_model="numpy")(function)
-
-
 # Part of its callers' code, so that what does not change from tile to tile is computed once.
 _inlined = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
-@_compiled
+@compiled
 def _scratch(size: Any) -> Any:
     """``size`` bytes that start with a cache line: a vector that lies across two takes twice as long."""
     memory = np.empty(size + _LINE, np.uint8)
@@ -60,7 +54,7 @@ def _scratch(size: Any) -> Any:
     return memory[skip : skip + size]
 
 
-@_compiled
+@compiled
 def _whole(blocks: Any) -> Any:
     """As many blocks in whole vectors: the rest of a vector would cost more, one block after the other."""
     return (blocks + _GROUP - 1) // _GROUP * _GROUP
@@ -94,13 +88,13 @@ def _integers(start: Any, stop: Any, k: Any, h: Any, table: Any, words: Any, out
         out[i] = np.int16((out[i] ^ sign) - sign)
 
 
-@_compiled
+@compiled
 def _add(total: Any, z: Any, slope: Any) -> None:
     for i in range(len(z)):
         total[i] += np.float64(z[i]) * slope
 
 
-@_compiled
+@compiled
 def _divide(out: Any, total: Any, count: Any) -> None:
     for i in range(len(out)):
         out[i] = np.float32(total[i] / count)
@@ -119,14 +113,14 @@ def _gaussian_row(z: Any, start: Any, key: Any, h: Any, table: Any, words: Any, 
         a = b
 
 
-@_compiled
+@compiled
 def _gaussian(out: Any, start: Any, k: Any, step: Any, h: Any, table: Any) -> None:
     words, q = _scratch(2 * _SPAN + 16 * _GROUP).view(np.uint64), _scratch(2 * _SPAN).view(np.int16)
     for row in range(len(out)):
         _gaussian_row(out[row], start, _U64(k + row * step), h, table, words, q)
 
 
-@_compiled
+@compiled
 def _gaussian_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> None:
     words, q = _scratch(2 * _TILE + 16 * _GROUP).view(np.uint64), _scratch(2 * _TILE).view(np.int16)
     total = _scratch(8 * _TILE).view(np.float64)
@@ -144,7 +138,7 @@ def _gaussian_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> Non
         a = b
 
 
-@_compiled
+@compiled
 def _octets(z: Any, octets: Any, table: Any) -> None:
     """Eight signs for each byte of ``octets``."""
     for j in range(len(octets)):
@@ -163,7 +157,7 @@ def _octets(z: Any, octets: Any, table: Any) -> None:
         )
 
 
-@_compiled
+@compiled
 def _sign_row(z: Any, start: Any, key: Any, h: Any, table: Any, words: Any, spare: Any) -> None:
     stop = start + len(z)
     a = start
@@ -183,14 +177,14 @@ def _sign_row(z: Any, start: Any, key: Any, h: Any, table: Any, words: Any, spar
         a = b
 
 
-@_compiled
+@compiled
 def _rademacher(out: Any, start: Any, k: Any, step: Any, h: Any, table: Any) -> None:
     words, spare = _scratch(_SIGNS // 8 + 16 * _GROUP).view(np.uint64), _scratch(4 * _SIGNS).view(np.float32)
     for row in range(len(out)):
         _sign_row(out[row], start, _U64(k + row * step), h, table, words, spare)
 
 
-@_compiled
+@compiled
 def _rademacher_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> None:
     words, spare = _scratch(_SIGNS // 8 + 16 * _GROUP).view(np.uint64), _scratch(4 * _SIGNS).view(np.float32)
     total, z = _scratch(8 * _SIGNS).view(np.float64), _scratch(4 * _SIGNS).view(np.float32)
@@ -206,7 +200,7 @@ def _rademacher_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> N
         a = b
 
 
-@_compiled
+@compiled
 def _factors(
     tile: Any,
     rows: Any,
@@ -232,7 +226,7 @@ def _factors(
             B[s, j] = q[j * rank + s]
 
 
-@_compiled
+@compiled
 def _entries(z: Any, a: Any, B: Any, first: Any, scale: Any, sums: Any) -> None:
     """Entries of one row, from column ``first`` of Bᵀ. Sums of integers below 2⁵³ are exact in any order."""
     rank, length = len(a), len(z)
@@ -253,7 +247,7 @@ def _entries(z: Any, a: Any, B: Any, first: Any, scale: Any, sums: Any) -> None:
         z[j] = np.float32(sums[j] * scale)
 
 
-@_compiled
+@compiled
 def _low_rank(
     out: Any, start: Any, k: Any, step: Any, h: Any, table: Any, tensors: Any, rank: Any, scale: Any
 ) -> None:
@@ -291,7 +285,7 @@ def _low_rank(
                             _entries(z, A[i * rank : i * rank + rank], B, c - at, scale, sums)
 
 
-@_compiled
+@compiled
 def _low_rank_mean(
     out: Any, start: Any, slopes: Any, h: Any, table: Any, tensors: Any, rank: Any, scale: Any
 ) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from baffle.kernels import compiled
 from baffle.kernels.simd import LANES, add, fma, largest, load, mul, multiply_block, splat, store
 from baffle.kernels.winograd import activated
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def clear_margins(y: Any, B: int, H: int, W: int, C: int, pad: int, padded: Any) -> None:
     """Zeros around the images of y (B, PH, PW, C), flat, whose H × W pixels begin at (pad, pad)."""
     PH, PW = padded
@@ -34,7 +34,7 @@ def clear_margins(y: Any, B: int, H: int, W: int, C: int, pad: int, padded: Any)
                 j += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def pad_images(x: Any, shape: Any, pad: int, padded: Any, y: Any) -> None:
     """x (B, H, W, C) into the middle of y (B, PH, PW, C), zeros around; flat, C a multiple of 16."""
     B, H, W, C = shape
@@ -47,7 +47,7 @@ def pad_images(x: Any, shape: Any, pad: int, padded: Any, y: Any) -> None:
             store(y, target + at, load(x, source + at))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def project(
     x: Any,
     first: int,
@@ -106,7 +106,7 @@ def project(
                     store(y, where + n, lanes)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _line(x: Any, left: int, step: int, right: Any, lines: Any, at: int, OW: int, C: int, out: int) -> None:
     """One row of pixels times the matrix. Blocks that would leave the row are done pixel by pixel."""
     whole = OW // 8 * 8
@@ -123,7 +123,7 @@ def _line(x: Any, left: int, step: int, right: Any, lines: Any, at: int, OW: int
             multiply_block(1, 1, x, left + t * step, step, right, n, out, lines, at + t * out + n, out, C)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def average(x: Any, shape: Any, y: Any) -> None:
     """y (B, C) = the mean of x (B, H, W, C) over its pixels, flat. C a multiple of 16."""
     B, H, W, C = shape
@@ -136,7 +136,7 @@ def average(x: Any, shape: Any, y: Any) -> None:
             store(y, image * C + c, mul(total, splat(np.float32(1.0 / (H * W)))))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def group_norm(
     x: Any,
     shape: Any,

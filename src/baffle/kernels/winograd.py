@@ -17,9 +17,9 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from baffle.kernels import compiled
 from baffle.kernels.simd import (
     LANES,
     MATRICES,
@@ -79,19 +79,19 @@ MATRICES["kernel", 1] = [[1.0]]
 _ONE, _TWO, _THREE, _FIVE = (0,), (0, 0), (0, 0, 0), (0, 0, 0, 0, 0)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _points(taps: Any) -> int:
     """Points of a tile in one dimension."""
     return _M + len(taps) - 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _kernels(taps: Any) -> int:
     """Of these, how many have a matrix of their own."""
     return _M + len(taps) - 1 if len(taps) > 1 else 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _transform_weights(
     rows: Any, columns: Any, at: Any, w: Any, r: int, C: int, out: int, taps: Any, U: Any, first: int
 ) -> None:
@@ -114,7 +114,7 @@ def _transform_weights(
         transform_tile("kernel", rows, columns, taps, n, line, size, U, first + n, row, point)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _transform_data(
     rows: Any, columns: Any, x: Any, corner: int, step: Any, C: int, V: Any, first: int, point: int
 ) -> None:
@@ -124,13 +124,13 @@ def _transform_data(
         transform_tile("data", rows, columns, x, corner + c, step[0], step[1], V, first + c, row, point)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _transform_output(rows: Any, columns: Any, M: Any, first: int, point: int, tile: Any, at: int) -> None:
     row = _points(columns) * point
     transform_tile("output", rows, columns, M, first, row, point, tile, at, _M * LANES, LANES)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _multiply(
     points: Any, kernels: Any, V: Any, v: int, U: Any, u: int, M: Any, m: int, T: int, C: int, out: int
 ) -> None:
@@ -149,7 +149,7 @@ def _multiply(
                     multiply_block(8, 1, V, a + t * C, C, U, b + n, out, M, c + t * out + n, out, C)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def activated(lanes: Any, activation: int) -> Any:
     if activation == RELU:
         return largest(lanes, splat(np.float32(0.0)))
@@ -159,7 +159,7 @@ def activated(lanes: Any, activation: int) -> Any:
     return lanes
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _finish(
     tile: Any, phases: int, bias: Any, activation: int, residual: Any, y: Any, shape: Any, place: Any, n: int
 ) -> None:
@@ -181,7 +181,7 @@ def _finish(
             store(y, where, lanes)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _convolve(taps, x, padded, C, w, bias, activation, residual, y, shape, fresh, work, U, V, M):
     """Stride 1. x lies in images of ``padded`` = (PH, PW) pixels, y is of ``shape`` (B, OH, OW, out)."""
     PH, PW = padded
@@ -209,7 +209,7 @@ def _convolve(taps, x, padded, C, w, bias, activation, residual, y, shape, fresh
                 _finish(tile, 1, bias, activation, residual, y, (OH, OW, out), place, n)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _convolve_strided(taps, x, padded, C, w, bias, activation, residual, y, shape, fresh, work, U, V, M):
     """3×3, stride 2: taps 0 and 2 of each dimension meet the even pixels of x, tap 1 the odd ones.
 

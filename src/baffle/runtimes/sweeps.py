@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from baffle.runtimes.program import Program
     from baffle.runtimes.steps import Memory
 
+# Multiplications of a forward pass by a program, below which threads only wait for the interpreter's lock.
+_WORTH_A_THREAD = 1 << 24
+
 
 class Sweeps:
     """The ways through the directions of one part, and what each keeps from one measurement to the next."""
@@ -138,7 +141,8 @@ class Sweeps:
         from baffle.runtimes.program import by_program
         from baffle.runtimes.steps import Memory
 
-        workers = min(torch.get_num_threads(), max(1, len(directions)))
+        small = self.survey(objective, origin).multiplications < _WORTH_A_THREAD
+        workers = 1 if small else min(torch.get_num_threads(), max(1, len(directions)))
         self._memories += [Memory() for _ in range(workers - len(self._memories))]
         return by_program(program, self._memories[:workers], objective, origin, directions, scale, rows)
 
