@@ -1,9 +1,10 @@
-"""MNIST, LeNet, 10 iid clients, FedSGD: `python benchmarks/mnist.py {table,confirm,preset} --data DIR`.
+"""MNIST, LeNet, 10 iid clients, FedSGD: `python benchmarks/mnist.py {table,confirm,preset,speed} --data DIR`.
 
 table     the paper's setting by the law, 20 epochs: K = 100, 200, 500, and backprop
 confirm   truly forward-only, K = 100, beside runs by the law: one epoch with the preset `paper` beside eight,
           a fifth of an epoch with `annealed` beside three
 preset    the preset `annealed` by the law, K = 500, 20 epochs, beside backprop and the preset `paper`
+speed     20 epochs by the law, K = 500, and by backprop at the same time, on a core each
 
 DIR holds MNIST/raw/*-ubyte.gz. On two cores `table` and `preset` take about an hour each, `confirm` half
 an hour. What is done already is kept under runs/bench and not done again.
@@ -12,6 +13,11 @@ an hour. What is done already is kept under runs/bench and not done again.
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +102,51 @@ def preset(data: Path, runs: Path, threads: int | None) -> None:
     write("mnist-preset", {"cells": {name: c.row() for name, c in cells.items()}})
 
 
+def speed(data: Path, epochs: float) -> None:
+    """Both at once, so that the machine's mood is the same for both. Always run anew."""
+    free = sorted(os.sched_getaffinity(0))
+    started = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for core, (name, fidelity) in zip(
+            free, (("law, K = 500", "law"), ("backprop", "backprop")), strict=False
+        ):
+            code = f"""
+import os, torch, mnist, cells, json
+from pathlib import Path
+os.sched_setaffinity(0, [{core}])
+torch.set_num_threads(1)
+settings = mnist.settings(Path({str(data)!r}), fidelity={fidelity!r}, threads=1) | {{"epochs": {epochs}}}
+settings |= {{"directions": 500}} if {fidelity!r} == "law" else {{}}
+row = cells.cell(Path({folder!r}), **settings).row()
+Path({folder!r}, {fidelity!r} + ".json").write_text(json.dumps(row))
+"""
+            command = [sys.executable, "-c", code]
+            started[name] = fidelity, subprocess.Popen(command, cwd=Path(__file__).parent)
+        rows = {}
+        for name, (fidelity, process) in started.items():
+            if process.wait() != 0:
+                raise SystemExit(f"{name} failed")
+            rows[name] = json.loads(Path(folder, f"{fidelity}.json").read_text())
+    ratio = rows["law, K = 500"]["seconds"] / rows["backprop"]["seconds"]
+    print(f"law / backprop, {epochs:g} epochs: {ratio:.3f}")
+    write("mnist-speed", {"epochs": epochs, "cells": rows, "ratio": round(ratio, 3)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("table", "confirm", "preset"))
+    parser.add_argument("what", choices=("table", "confirm", "preset", "speed"))
     parser.add_argument("--data", type=Path, required=True, help="folder that holds MNIST/raw")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--epochs", type=float, default=20.0, help="speed: of MNIST")
     parser.add_argument("--only", help="table: run this cell and print nothing")
     options = parser.parse_args()
     if options.what == "table":
         table(options.data, options.runs, options.threads, options.only)
     elif options.what == "confirm":
         confirm(options.data, options.runs, options.threads)
+    elif options.what == "speed":
+        speed(options.data.resolve(), options.epochs)
     else:
         preset(options.data, options.runs, options.threads)
 

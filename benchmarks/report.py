@@ -268,6 +268,23 @@ def profile_alternatives(result: Row) -> list[str]:
     return table(("times the engine's time, one core", *networks), rows)
 
 
+def mnist_speed(result: Row) -> list[str]:
+    rows = [
+        (name, f"{row['seconds']:.0f}", f"{row['accuracy']:.2f}") for name, row in result["cells"].items()
+    ]
+    heads = (
+        f"MNIST, LeNet, {result['epochs']:g} epochs, a core each, at the same time",
+        "seconds",
+        "accuracy, %",
+    )
+    return [
+        *table(heads, rows),
+        "",
+        f"Ratio: {result['ratio']}. `python benchmarks/mnist.py speed --data DIR`. "
+        + machine({"machine": result["printed_on"]}),
+    ]
+
+
 def measured_on(cells: Row) -> str:
     """Machine, versions, dates and commits of cells that may have been measured on different days."""
     if not cells:
@@ -297,6 +314,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "profile:steps": profile_steps,
     "profile:alternatives": profile_alternatives,
     "low-rank": low_rank,
+    "mnist-speed": mnist_speed,
     "scale": scale,
 }
 

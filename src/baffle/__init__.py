@@ -13,13 +13,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from baffle.aggregation import Aggregator, PlainSum
-from baffle.client import Client, Samples
+from baffle.aggregation import Aggregator, PlainSum, Tally
+from baffle.client import Client, Download, Samples
 from baffle.errors import BaffleError
 from baffle.estimator import SteinEstimator
 from baffle.perturbations import Gaussian, Layout, LowRank, Perturbation, Rademacher
 from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, RoundSum
-from baffle.runtimes import Batch, DifferentiableRuntime, Runtime
+from baffle.runtimes import Batch, DifferentiableRuntime, Runtime, TangentRuntime
 from baffle.stream import Stream
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __all__ = [
     "Batch",
     "Client",
     "DifferentiableRuntime",
+    "Download",
     "Gaussian",
     "Layout",
     "LocalTraining",
@@ -70,6 +71,8 @@ __all__ = [
     "Server",
     "SteinEstimator",
     "Stream",
+    "Tally",
+    "TangentRuntime",
     "TorchRuntime",
     "cross_entropy",
     "evaluate",
