@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from cells import cell, write
-from measurements import Turns
 from torch import Tensor, nn
 from torch.func import functional_call
+from turns import Turns
 
 from baffle import Layout, Stream, models
 from baffle.perturbations import LowRank

@@ -13,12 +13,11 @@ import hashlib
 import itertools
 import resource
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 import yardsticks
 from numpy.typing import NDArray
 from torch import nn
+from turns import Turns
 
 from baffle import Batch, Gaussian, Layout, Rademacher, SteinEstimator, Stream, TorchRuntime, models
 
@@ -50,36 +50,6 @@ class Size:
 
 FULL = Size(9, 100, 20, 32, 96, 1_000_000, 3_500_000, 500, 2048)
 QUICK = Size(1, 2, 1, 2, 32, 1_000, 1_000, 3, 16)
-
-
-class Turns:
-    """Seconds of each candidate, turn by turn."""
-
-    def __init__(self, candidates: Mapping[str, Callable[[], object]], turns: int) -> None:
-        for run in candidates.values():
-            run()
-        self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(turns):
-            for name, run in candidates.items():
-                started = time.perf_counter()
-                run()
-                self.seconds[name].append(time.perf_counter() - started)
-
-    def ratio(self, over: str, under: str, scale: float = 1.0) -> dict[str, float]:
-        """``over`` / ``under``, times ``scale``."""
-        pairs = [scale * a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
-        low, _, high = quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else pairs * 3
-        minima = scale * min(self.seconds[over]) / min(self.seconds[under])
-        return {"median": median(pairs), "low": low, "high": high, "of_minima": minima}
-
-    def quickest(self, *names: str) -> str:
-        """The candidate with the lowest median."""
-        return min(names, key=lambda name: median(self.seconds[name]))
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        return {
-            name: {"median": median(seconds), "min": min(seconds)} for name, seconds in self.seconds.items()
-        }
 
 
 def peak_memory() -> int:
@@ -289,7 +259,7 @@ def reconstruction_memory(size: Size, share: int) -> Figures:
     layout, stream = Layout.flat(size.parameters), Stream(bytes(32), 0)
     directions = max(1, size.rebuilt // share)
     estimator, slopes = SteinEstimator(directions), _slopes(directions)
-    estimator.gradient(slopes[:1], stream, Layout.flat(8))
+    estimator.gradient(_slopes(2), stream, Layout.flat(1 << 14))  # loads what is compiled
     before, extra = extra_memory(lambda: estimator.gradient(slopes, stream, layout))
     return {
         "figures": {

@@ -56,7 +56,7 @@ def test_a_cell_is_run_once_and_continued_where_it_stopped(tmp_path, capsys):
     assert row["accuracy"] == pytest.approx(100 * rows[-1]["test_accuracy"], abs=0.005)
 
 
-@pytest.mark.parametrize("what", ["table", "confirm", "preset"])
+@pytest.mark.parametrize("what", ["table", "confirm", "preset", "speed"])
 def test_mnist_scripts_run(tiny_mnist, tmp_path, what, monkeypatch):
     import mnist
 
@@ -65,13 +65,25 @@ def test_mnist_scripts_run(tiny_mnist, tmp_path, what, monkeypatch):
     short = mnist.settings
     monkeypatch.setattr(mnist, "settings", lambda data, **more: {**short(data, **more), "epochs": 1.0})
     monkeypatch.setattr(
-        sys, "argv", ["mnist.py", what, "--data", str(tiny_mnist), "--runs", str(tmp_path / "r")]
+        sys,
+        "argv",
+        ["mnist.py", what, "--data", str(tiny_mnist), "--runs", str(tmp_path / "r"), "--epochs", "1"],
     )
     mnist.main()
     ((name, content),) = written.items()
     lines = report.BLOCKS[name](json.loads(json.dumps(content)))
     assert lines[0].startswith("|")
     assert len(lines) >= 5
+
+
+def test_the_profile_runs(capsys):
+    pytest.importorskip("numba")
+    import profile_steps
+
+    assert profile_steps.main(["--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert "3×3 convolutions, stride 2" in printed
+    assert "grouped convolutions" in printed
 
 
 def test_search_script_runs(tiny_mnist, tmp_path, monkeypatch, capsys):
