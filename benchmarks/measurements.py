@@ -24,6 +24,7 @@ import numpy as np
 import overhead
 import torch
 import yardsticks
+from alone import ReferenceLoop
 from numpy.typing import NDArray
 from torch import nn
 from turns import Turns
@@ -130,6 +131,11 @@ def forwards(size: Size, name: str, device: str = "cpu") -> Figures:
         "eager_nhwc": lambda: yardsticks.plain_inference(nhwc, nhwc_inputs, passes),
         "backprop": lambda: yardsticks.backprop(module, inputs, targets),
     }
+    here = contextlib.ExitStack()
+    if device == "cpu":
+        for kind, count in {"reference_alone": threads, "reference_alone_one_thread": 1}.items():
+            other = here.enter_context(ReferenceLoop(name, size.short, size.batch, count))
+            candidates[kind] = other.run
     a, b = torch.randn(2, size.product, size.product, device=device)
     candidates["square product"] = yardsticks.finished(lambda: torch.mm(a, b), device)
     if threads > 1:
@@ -137,13 +143,18 @@ def forwards(size: Size, name: str, device: str = "cpu") -> Figures:
     if yardsticks.onnx_available() and device == "cpu":
         session = yardsticks.onnx_inference(build(name), inputs, threads)
         candidates["onnx"] = lambda: session(passes)
-    turns = Turns(candidates, size.turns)
+    with here:
+        turns = Turns(candidates, size.turns)
     scale = (size.directions + 1) / passes
     figures: Figures = {
         "reference / engine": turns.ratio("reference", "engine", scale),
         "engine / eager": turns.ratio("engine", turns.quickest("eager", "eager_nhwc"), 1 / scale),
         "engine / backprop": turns.ratio("engine", "backprop"),
     }
+    if "reference_alone" in candidates:
+        figures["reference alone / engine"] = turns.ratio("reference_alone", "engine", scale)
+        one_thread = turns.ratio("reference_alone_one_thread", "engine", scale)
+        figures["reference alone on one thread / engine"] = one_thread
     if "reference_one_thread" in candidates:
         figures["reference on one thread / engine"] = turns.ratio("reference_one_thread", "engine", scale)
     if "onnx" in candidates:

@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for what, figure in figures.items():
                 print(f"{part:13} {words:9} {what:50} {figure:8.3f}")
     if not quick:
-        result = {"machine": bench.machine(), "commit": bench.commit(), **bench.rounded(result)}
+        result = {"printed_on": bench.machine(), "commit": bench.commit(), **bench.rounded(result)}
         FILE.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return 0
 

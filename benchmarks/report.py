@@ -161,6 +161,17 @@ def performance_limits(result: Row) -> list[str]:
     return [*table(heads, rows), "", f"`python benchmarks/bench.py --only 0`. {measured_on(cells)}"]
 
 
+SECONDS = {
+    "engine": "engine",
+    "reference_alone": "reference loop",
+    "reference": "… blocks freed",
+    "eager": "eager",
+    "eager_nhwc": "eager, NHWC",
+    "onnx": "ONNX Runtime",
+    "backprop": "backprop",
+}
+
+
 def performance_seconds(result: Row) -> list[str]:
     """Milliseconds a forward pass or direction, of what the ratios of item 1 are made from."""
     rows = []
@@ -168,18 +179,14 @@ def performance_seconds(result: Row) -> list[str]:
         if "reference" in cell.get("seconds", {}):
             seconds = cell["seconds"]
             passes = {"engine": cell["K"] + 1, "backprop": 1}
-            rows.append(
-                (
-                    name,
-                    *(
-                        f"{1e3 * seconds[kind]['median'] / passes.get(kind, cell['short'] + 1):.2f}"
-                        if kind in seconds
-                        else "–"
-                        for kind in ("engine", "reference", "eager", "eager_nhwc", "onnx", "backprop")
-                    ),
-                )
-            )
-    heads = ("ms a pass", "engine", "reference loop", "eager", "eager, NHWC", "ONNX Runtime", "backprop")
+            found = [
+                f"{1e3 * seconds[kind]['median'] / passes.get(kind, cell['short'] + 1):.2f}"
+                if kind in seconds
+                else "–"
+                for kind in SECONDS
+            ]
+            rows.append((name, *found))
+    heads = ("ms a pass", *SECONDS.values())
     return [*table(heads, rows), "", "Medians; the engine's and the reference loop's with their gradient."]
 
 
@@ -257,7 +264,7 @@ def profile_steps(result: Row) -> list[str]:
     return [
         *lines,
         "",
-        f"`python benchmarks/profile_steps.py`. {machine(result)} Commit: {result['commit']}.",
+        f"`python benchmarks/profile_steps.py`. {machine({'machine': result['printed_on']})} Commit: {result['commit']}.",
     ]
 
 
@@ -281,7 +288,7 @@ def mnist_speed(result: Row) -> list[str]:
         *table(heads, rows),
         "",
         f"Ratio: {result['ratio']}. `python benchmarks/mnist.py speed --data DIR`. "
-        + machine({"machine": result["printed_on"]}),
+        + machine(next(iter(result["cells"].values()))),
     ]
 
 

@@ -133,9 +133,11 @@ def test_projections(stride, pool, out):
 
 @pytest.mark.parametrize("C", [16, 48])
 @pytest.mark.parametrize("affine", [False, True])
-def test_group_norms(C, affine):
+@pytest.mark.parametrize("mean", [0.0, 2.0, 100.0])
+def test_group_norms(C, affine, mean):
+    """A large mean would cancel what sums of squares about zero hold of the variance."""
     rng = np.random.default_rng(C)
-    x = floats(rng, 3, 7, 5, C) * 3 + 2
+    x = floats(rng, 3, 7, 5, C) * 3 + np.float32(mean)
     weight, bias = (floats(rng, C), floats(rng, C)) if affine else (EMPTY, EMPTY)
     y = np.full((3, 9, 10, C), np.nan, np.float32)
     layers.group_norm(x.reshape(-1), x.shape, 4, 1e-5, weight, bias, winograd.RELU, y.reshape(-1), 1, (9, 10))

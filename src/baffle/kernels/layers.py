@@ -158,39 +158,33 @@ def group_norm(
     clear_margins(y, B, H, W, C, pad, padded)
     size, pixels = C // groups, H * W
     scale, shift = np.empty(C, np.float32), np.empty(C, np.float32)
+    zero, minus = splat(np.float32(0.0)), splat(np.float32(-1.0))
     for image in range(B):
         start, end = image * pixels * C, (image + 1) * pixels * C
+        # Sums and squares in one pass, less each channel's first pixel so that large means cancel nothing.
         for c in range(0, C, LANES):
-            even, odd = splat(np.float32(0.0)), splat(np.float32(0.0))
-            for at in range(start + c, end, 2 * C):
-                even = add(even, load(x, at))
-                if at + C < end:
-                    odd = add(odd, load(x, at + C))
-            store(shift, c, add(even, odd))
-        for g in range(groups):
-            total = 0.0
-            for c in range(g * size, (g + 1) * size):
-                total += shift[c]
-            shift[g * size : (g + 1) * size] = np.float32(-total / (pixels * size))
-        for c in range(0, C, LANES):
-            back = load(shift, c)
-            even, odd = splat(np.float32(0.0)), splat(np.float32(0.0))
+            back = mul(load(x, start + c), minus)
+            even, odd, even_squares, odd_squares = zero, zero, zero, zero
             for at in range(start + c, end, 2 * C):
                 d = add(load(x, at), back)
-                even = fma(d, d, even)
+                even, even_squares = add(even, d), fma(d, d, even_squares)
                 if at + C < end:
                     d = add(load(x, at + C), back)
-                    odd = fma(d, d, odd)
-            store(scale, c, add(even, odd))
+                    odd, odd_squares = add(odd, d), fma(d, d, odd_squares)
+            store(shift, c, add(even, odd))
+            store(scale, c, add(even_squares, odd_squares))
         for g in range(groups):
-            total = 0.0
+            total, squares = 0.0, 0.0
             for c in range(g * size, (g + 1) * size):
-                total += scale[c]
-            inverse = 1.0 / np.sqrt(total / (pixels * size) + eps)
+                first, own = np.float64(x[start + c]), np.float64(shift[c])
+                total += own + pixels * first
+                squares += scale[c] + 2.0 * first * own + pixels * first * first
+            mean = total / (pixels * size)
+            inverse = 1.0 / np.sqrt(max(squares / (pixels * size) - mean * mean, 0.0) + eps)
             for c in range(g * size, (g + 1) * size):
                 own = inverse * weight[c] if weight.size else inverse
                 scale[c] = own
-                shift[c] = shift[c] * own + (bias[c] if bias.size else 0.0)
+                shift[c] = -mean * own + (bias[c] if bias.size else 0.0)
         for i in range(H):
             source, target = start + i * W * C, ((image * PH + i + pad) * PW + pad) * C
             for at in range(0, W * C, C):
