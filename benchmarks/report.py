@@ -261,11 +261,8 @@ def profile_steps(result: Row) -> list[str]:
         whole = sum(kinds.values())
         rows += [(network, what, f"{ms:.3f}", f"{ms / whole:.0%}") for what, ms in kinds.items()]
     lines = table(("batch 32, one core", "step", "ms a direction", "share"), rows)
-    return [
-        *lines,
-        "",
-        f"`python benchmarks/profile_steps.py`. {machine({'machine': result['printed_on']})} Commit: {result['commit']}.",
-    ]
+    on = machine({"machine": result["printed_on"]})
+    return [*lines, "", f"`python benchmarks/profile_steps.py`. {on} Commit: {result['commit']}."]
 
 
 def profile_alternatives(result: Row) -> list[str]:

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -54,11 +54,11 @@ class Layout:
         """A layout of one vector of n parameters."""
         return cls(("w",), ((n,),))
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Start of each tensor, and n at the end: len(names) + 1 entries."""
         starts = [0]
@@ -66,7 +66,7 @@ class Layout:
             starts.append(starts[-1] + size)
         return tuple(starts)
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Number of trainable parameters."""
         return sum(self.sizes)

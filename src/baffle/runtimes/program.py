@@ -90,6 +90,7 @@ class Program:
         for at in range(0, size, few):
             group = Pass(weights, {key: _some(x, at, at + few) for key, x in inputs.items()}, memory)
             group.fresh, group.into = at == 0, (at_cut, whole[at : at + few])
+            group.flats = here.flats
             self._run(group, self.steps.rows[:steps])
             crossing: Image = group.values[at_cut]
         here.values = {at_cut: crossing._replace(data=whole)}

@@ -117,6 +117,7 @@ class Pass:
     def __init__(self, weights: Sequence[Tensor], inputs: dict[Any, Any], memory: Memory) -> None:
         self.weights, self.memory = weights, memory
         self.values: dict[Any, Any] = dict(inputs)
+        self.flats: dict[tuple[fx.Node, str], Floats] = {}  # parameters as flat arrays
         self.fresh = True  # whether these weights were not used before
         self.largest = 1  # floats of the largest image so far
         self.into: tuple[fx.Node, Floats] | None = None  # a node whose images have their place already
@@ -294,11 +295,14 @@ class Steps:
 
     def _flat(self, node: fx.Node, name: str) -> Callable[[Pass], Floats]:
         """A layer's parameter as a flat array, empty where it has none."""
-        parameter = self._parameter(node, name)
+        parameter, key = self._parameter(node, name), (node, name)
 
         def flat(here: Pass) -> Floats:
-            values = parameter(here)
-            return _EMPTY if values is None else values.reshape(-1).numpy()
+            found = here.flats.get(key)
+            if found is None:
+                values = parameter(here)
+                found = here.flats[key] = _EMPTY if values is None else values.reshape(-1).numpy()
+            return found
 
         return flat
 
