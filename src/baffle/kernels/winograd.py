@@ -292,8 +292,8 @@ def convolve(
 
     x (B, PH, PW, C) as ``padding`` says, w (out·C·size²,) in torch's order, y (B, OH, OW, out), C and out
     multiples of 16; ``bias`` (out,) and ``residual`` (like y, flat) may be empty. ``scratch(name, floats)``
-    gives memory: up to 4 floats a weight (of 3×3) under ``name``, and 81·32·(C + out) that all share. Unless
-    ``fresh``, the weights are those of the last call with that name.
+    gives memory: up to 4 floats a weight (of 3×3) under ``name``; a float a weight and 64·32·(C + out)
+    that all share. Unless ``fresh``, the weights are those of the last call with that name.
     """
     _, PH, PW, C = x.shape
     out = y.shape[3]

@@ -81,11 +81,11 @@ class Program:
         """The part's outputs for ``weights``, the trainable tensors in the order of the layout."""
         here = Pass(weights, inputs, memory)
         size = len(inputs[self.steps.inputs[0]])
-        few, shape = self._few(inputs, memory)
-        if self._cut is None or few >= size:
+        at_cut, steps = self._cut or (None, 0)
+        few, shape = self._few(at_cut, steps, inputs, memory) if at_cut else (size, ())
+        if at_cut is None or few >= size:
             self._run(here, self.steps.rows)
             return here.tensor(self.steps.output)
-        at_cut, steps = self._cut
         whole = memory.take(size, *shape)
         for at in range(0, size, few):
             group = Pass(weights, {key: _some(x, at, at + few) for key, x in inputs.items()}, memory)
@@ -103,21 +103,25 @@ class Program:
             for gone in dead:
                 here.memory.give(here.values.pop(gone).data)
 
-    def _few(self, inputs: dict[Any, Any], memory: Memory) -> tuple[int, tuple[int, ...]]:
+    def _few(
+        self, at_cut: fx.Node, steps: int, inputs: dict[Any, Any], memory: Memory
+    ) -> tuple[int, tuple[int, ...]]:
         """How many images to take through the steps before the cut together, so that what lies between two
         steps stays in a core's cache; and the shape of one image at the cut. One image is tried first.
         """
         key = tuple(inputs[self.steps.inputs[0]].shape[1:])
         if key not in self._group:
-            here = Pass([torch.zeros(shape) for shape in self._part.layout.shapes], {}, memory)
-            here.values = {node: _some(value, 0, 1) for node, value in inputs.items()}
-            shape: tuple[int, ...] = ()
-            if self._cut is not None:
-                self._run(here, self.steps.rows[: self._cut[1]])
-                shape = here.values[self._cut[0]].data.shape[1:]
+            one = {node: _some(value, 0, 1) for node, value in inputs.items()}
+            here = Pass([torch.zeros(shape) for shape in self._part.layout.shapes], one, memory)
+            self._run(here, self.steps.rows[:steps])
             few = max(1, _BETWEEN // (4 * here.largest))
-            self._group[key] = 1 << (few.bit_length() - 1), shape
+            self._group[key] = 1 << (few.bit_length() - 1), here.values[at_cut].data.shape[1:]
         return self._group[key]
+
+    def suits(self, x: Tensor) -> bool:
+        """Whether the kernels may be given this input: they check no index. What is wrong, torch says."""
+        readers = [c for node, c in self.steps.convolutions.items() if node.args[0] in self.steps.inputs]
+        return x.dtype == torch.float32 and x.dim() == 4 and all(c.channels == x.shape[1] for c in readers)
 
     def agrees(self, objective: Objective, origin: Tensor) -> bool:
         """Whether the program gives the losses of the module itself, to rounding. Cost: two forward passes.

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from baffle.kernels import layers, winograd
+from baffle.kernels.simd import LANES
 from baffle.runtimes.objective import Part
 
 Floats = NDArray[np.float32]
 Step = Callable[["Pass"], Any]
 Row = tuple[fx.Node, Step, list[fx.Node]]
 _EMPTY: Floats = np.empty(0, dtype=np.float32)
-_LANES = 16
 _MOST_COLUMNS = 128  # of a first convolution; more would be larger than what they save
 
 # Torch's own, called as they are: layers without parameters that are functions of one input, and operations.
@@ -102,13 +102,20 @@ class Memory:
         return held
 
     def take(self, *shape: int) -> Floats:
-        """An array of that shape with no values to rely on."""
-        free = self._free.get(math.prod(shape))
-        return (free.pop() if free else np.empty(math.prod(shape), dtype=np.float32)).reshape(shape)
+        """An array of that shape with no values to rely on.
+
+        It lies in a block of a power of two, so that batches of all sizes serve each other's memory again.
+        """
+        size = math.prod(shape)
+        room = 1 << max(size - 1, 0).bit_length()
+        free = self._free.get(room)
+        return (free.pop() if free else np.empty(room, dtype=np.float32))[:size].reshape(shape)
 
     def give(self, array: Floats) -> None:
         """Puts back what ``take`` gave."""
-        self._free.setdefault(array.size, []).append(array.reshape(-1))
+        block = array.base
+        assert isinstance(block, np.ndarray)
+        self._free.setdefault(block.size, []).append(block)
 
 
 class Pass:
@@ -138,9 +145,10 @@ class Pass:
         image: Image = value
         return image
 
-    def flat(self, node: Any) -> Floats:
-        """The pixels of an image, one behind the other."""
-        return np.ascontiguousarray(self.image(node).pixels).reshape(-1)
+    def flat(self, node: Any, shape: tuple[int, ...] | None = None) -> Floats:
+        """The pixels of an image, one behind the other, broadcast to ``shape`` (B, H, W, C) if given."""
+        pixels = self.image(node).pixels
+        return np.ascontiguousarray(pixels if shape is None else np.broadcast_to(pixels, shape)).reshape(-1)
 
     def tensor(self, node: Any) -> Any:
         """A value as torch takes it: images are NCHW, with channels last in memory."""
@@ -211,7 +219,7 @@ class Steps:
     def _convolution_at(self, node: fx.Node) -> Convolution | None:
         """What a kernel must know of a convolution; None for anything that stays torch's."""
         c = self._layer(node)
-        if type(c) is not nn.Conv2d or c.groups != 1 or c.padding_mode != "zeros" or c.out_channels % _LANES:
+        if type(c) is not nn.Conv2d or c.groups != 1 or c.padding_mode != "zeros" or c.out_channels % LANES:
             return None
         size, stride, pad, dilation = map(_both, (c.kernel_size, c.stride, c.padding, c.dilation))
         if size is None or stride is None or pad is None or dilation != 1:
@@ -220,7 +228,7 @@ class Steps:
             return Convolution("columns", size, stride, pad, c.in_channels, c.out_channels)
         if size == 1 and pad == 0:
             return Convolution("point", 1, stride, 0, c.in_channels, c.out_channels)
-        if (size, stride) in ((3, 1), (5, 1), (3, 2)) and c.in_channels % _LANES == 0:
+        if (size, stride) in ((3, 1), (5, 1), (3, 2)) and c.in_channels % LANES == 0:
             return Convolution("winograd", size, stride, pad, c.in_channels, c.out_channels)
         return None
 
@@ -261,7 +269,7 @@ class Steps:
             last = extend(node, self._activation)
             if self.convolutions[node].kernel != "columns" or extend(last, self._halves) is last:
                 extend(last, self._adds)
-        elif type(norm) is nn.GroupNorm and norm.num_channels % _LANES == 0:
+        elif type(norm) is nn.GroupNorm and norm.num_channels % LANES == 0:
             extend(node, self._activation)
 
     def _margin(self, node: fx.Node) -> tuple[int, list[Convolution]]:
@@ -277,7 +285,7 @@ class Steps:
         if chain[0] in self.convolutions:
             self.images.add(node)
             return self._convolution(chain, self.convolutions[chain[0]])
-        if type(norm := self._layer(chain[0])) is nn.GroupNorm and norm.num_channels % _LANES == 0:
+        if type(norm := self._layer(chain[0])) is nn.GroupNorm and norm.num_channels % LANES == 0:
             self.images.add(node)
             return self._group_norm(chain, norm)
         return self._torch(node)
@@ -326,7 +334,7 @@ class Steps:
             B, _, PW, C = x.data.shape
             H, W = (((edge - 1) // stride + 1) // pool for edge in (x.H, x.W))
             y = _room(here, last, B, H, W, c.out, margin)
-            residual = _EMPTY if summand is None else here.flat(summand)
+            residual = _EMPTY if summand is None else here.flat(summand, (B, H, W, c.out))
             layers.project(
                 x.data.reshape(-1), (x.pad * PW + x.pad) * C, x.pitch, stride, weight(here), C, bias(here),
                 activation, pool, residual,
@@ -344,7 +352,7 @@ class Steps:
                 x = Image(padded.reshape(B, high, wide, C), x.H, x.W, c.pad)
             H, W = ((edge + 2 * c.pad - c.size) // c.stride + 1 for edge in (x.H, x.W))
             y = here.take(last, B, H, W, c.out)
-            residual = _EMPTY if summand is None else here.flat(summand)
+            residual = _EMPTY if summand is None else here.flat(summand, y.shape)
             winograd.convolve(
                 x.data,
                 weight(here),
@@ -450,7 +458,7 @@ def _average(here: Pass, node: Any) -> Tensor:
     """Global average pooling: (B, C, 1, 1)."""
     x = here.image(node)
     B, C = x.data.shape[0], x.data.shape[3]
-    if C % _LANES:
+    if C % LANES:
         return F.adaptive_avg_pool2d(here.tensor(node), 1)
     y = np.empty(B * C, dtype=np.float32)
     layers.average(here.flat(node), (B, x.H, x.W, C), y)

@@ -5,7 +5,8 @@
     batched      many directions in one pass, by vmap    a GPU; a CPU where a pass is small
     onebyone     a direction a core, the module itself   everything else, and whatever another way refuses
 
-All of them give the losses of the module to rounding; a round's losses all come from the same way.
+All of them give the losses of the module to rounding. The loss at W comes the same way as those at W + σz_k,
+so that what both round alike cancels; but for low-rank directions, which have no z = 0 to share.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Sweeps:
         if self._programmable is False or has_hooks(self._part.module) or not on_own_threads():
             return None
         (x,) = objective.inputs if len(objective.inputs) == 1 else (None,)
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() != 4:
+        if not isinstance(x, Tensor) or x.dim() != 4:
             return None
         if self._programmable is None:
             self._programmable = False
@@ -125,9 +126,9 @@ class Sweeps:
                 from baffle.runtimes.program import Program
 
                 program = Program.of(self._part)
-                if program is not None and program.agrees(objective, origin):
+                if program is not None and program.suits(x) and program.agrees(objective, origin):
                     self._program, self._programmable = program, True
-        return self._program
+        return self._program if self._program is not None and self._program.suits(x) else None
 
     def _by_program(
         self,
