@@ -10,6 +10,7 @@ BaffleError                 one clear line: what, where, what to do; the command
 ├── MessageError            bytes that are no message of this version
 ├── DigestMismatchError     a client holds other weights than the plan was made for
 ├── AggregationError        answers that cannot be summed (none, of two rounds, of two lengths)
+├── SecurityError           a step refused, because someone may be lying or too little is protected
 └── CheckpointError         a checkpoint or log that is damaged, or of another job
 """
 
@@ -60,6 +61,10 @@ class DigestMismatchError(BaffleError):
 
 class AggregationError(BaffleError):
     """Answers that cannot be summed."""
+
+
+class SecurityError(BaffleError):
+    """A step refused, because someone may be lying or too little is protected."""
 
 
 class CheckpointError(BaffleError):
