@@ -1,0 +1,207 @@
+"""The messages of secure aggregation. All numbers are little-endian; who is who is said by places.
+
+A place is a client's number in the ascending order of the names of those that are present in the session.
+What goes up is ``body ‖ Ed25519 signature``, over the body, the stage and the context it was made in. What
+comes down is not signed: the server is the one that is not trusted, and a lie ends in masks that do not cancel.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baffle.errors import ConfigError, MessageError, SecurityError
+from baffle.secagg.primitives import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, Identity, hash_of, verify
+from baffle.secagg.session import Flags, Settings
+from baffle.secagg.sharing import SECRET_BYTES
+
+VERSION = 1
+SHORT_TAG = 16  # of a share: enough that nobody finds another share to a given tag
+BUNDLE_BYTES = 2 * SECRET_BYTES + TAG_BYTES
+_OFFER = "<BQQHHHBII"
+
+
+class Reader:
+    """Takes bytes apart from the front. Raises MessageError where they end too soon, or do not end."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, size: int) -> bytes:
+        if self.at + size > len(self.data):
+            raise MessageError(f"a message of secure aggregation cut short at byte {len(self.data)}")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack(form, self.take(struct.calcsize(form)))
+
+    def blocks(self, count: int, size: int) -> list[bytes]:
+        data = self.take(count * size)
+        return [data[i : i + size] for i in range(0, len(data), size)]
+
+    def flags(self, count: int) -> Flags:
+        data = self.take(-(-count // 8))
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+        if bits[count:].any():
+            raise MessageError("a list of clients with bits behind its end")
+        return bits[:count].astype(bool)
+
+    def rest(self) -> bytes:
+        return self.take(len(self.data) - self.at)
+
+    def end(self) -> None:
+        if self.at != len(self.data):
+            raise MessageError(f"{len(self.data) - self.at} bytes too many behind a message")
+
+
+def bits(flags: Flags) -> bytes:
+    """One bit a client, the first in the lowest bit of the first byte."""
+    return np.packbits(flags, bitorder="little").tobytes()
+
+
+def places(flags: Flags) -> list[int]:
+    """The places whose bit is set, ascending."""
+    return [int(i) for i in np.flatnonzero(flags)]
+
+
+def signed(identity: Identity, context: bytes, stage: str, body: bytes) -> bytes:
+    """``body`` with its signature behind it."""
+    return body + identity.sign(hash_of(b"message", context, stage.encode(), body))
+
+
+def opened(public: bytes, context: bytes, stage: str, message: bytes, name: str) -> bytes:
+    """The body of a signed message. Raises SecurityError where the signature is not ``name``'s in this context."""
+    if len(message) < SIGNATURE_BYTES:
+        raise MessageError(f"client {name}: a message of stage {stage!r} without its signature")
+    body, signature = message[:-SIGNATURE_BYTES], message[-SIGNATURE_BYTES:]
+    if not verify(public, signature, hash_of(b"message", context, stage.encode(), body)):
+        raise SecurityError(
+            f"client {name}: its message of stage {stage!r} is not signed by it in this context: "
+            "it was changed, replayed or made by another, or the client was told something else"
+        )
+    return body
+
+
+@dataclass(frozen=True)
+class Offer:
+    """advertise, down: the session that the server proposes."""
+
+    job: bytes
+    number: int  # ascends from session to session of a job
+    first_round: int
+    settings: Settings
+    roster: bytes  # its digest
+    members: Flags  # of the roster
+
+    def encode(self) -> bytes:
+        s = self.settings
+        head = struct.pack(
+            _OFFER,
+            VERSION,
+            self.number,
+            self.first_round,
+            s.degree,
+            s.partners,
+            s.threshold,
+            s.consistency,
+            s.least,
+            s.rounds,
+        )
+        return self.job + self.roster + head + bits(self.members)
+
+    @classmethod
+    def decode(cls, data: bytes, roster_size: int) -> Offer:
+        r = Reader(data)
+        job, roster = r.take(KEY_BYTES), r.take(KEY_BYTES)
+        version, number, first, degree, partners, threshold, consistency, least, rounds = r.unpack(_OFFER)
+        if version != VERSION:
+            raise MessageError(f"secure aggregation of version {version}, this is version {VERSION}")
+        members = r.flags(roster_size)
+        r.end()
+        if consistency > 1:
+            raise MessageError("an offer that is not in canonical form")
+        try:
+            settings = Settings(degree, partners, threshold, bool(consistency), least, rounds)
+        except ConfigError as error:
+            raise MessageError(f"an offer that cannot be: {error}") from error
+        return cls(job, number, first, settings, roster, members)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """share, down: one client that this one has to do with, and its one-time key."""
+
+    place: int
+    key: bytes
+    masks: bool  # whether the other one chose this one as a masking partner, too
+
+
+@dataclass(frozen=True)
+class Deposit:
+    """share and answer, up: what opens a client's masks of one round, should that be needed.
+
+    ``sealed`` are its pairwise roots under ρ; ``bundles`` the two shares of each holder, sealed for it; ``tags``
+    their hashes, by which the server knows a true share; ``commitment`` that of the self-mask's seed.
+    """
+
+    commitment: bytes
+    sealed: bytes
+    tags: bytes  # (holders, 2, SHORT_TAG)
+    bundles: list[bytes]
+
+    def encode(self) -> bytes:
+        return b"".join((self.commitment, self.sealed, self.tags, *self.bundles))
+
+    @staticmethod
+    def size(holders: int, partners: int) -> int:
+        return 32 + KEY_BYTES * partners + TAG_BYTES + holders * (2 * SHORT_TAG + BUNDLE_BYTES)
+
+    @classmethod
+    def read(cls, r: Reader, holders: int, partners: int) -> Deposit:
+        return cls(
+            r.take(32),
+            r.take(KEY_BYTES * partners + TAG_BYTES),
+            r.take(holders * 2 * SHORT_TAG),
+            r.blocks(holders, BUNDLE_BYTES),
+        )
+
+
+def share_tag(session: bytes, round_: int, owner: int, holder: int, kind: int, share: bytes) -> bytes:
+    """What a share is recognised by. A share of t ≥ 2 is uniform, so its hash tells nobody anything."""
+    return hash_of(b"share", session, round_, owner, holder, kind, share)[:SHORT_TAG]
+
+
+def commitment_to(session: bytes, round_: int, owner: int, seed: bytes) -> bytes:
+    """Of the self-mask's seed: what shares give must be that seed and no other."""
+    return hash_of(b"self-mask", session, round_, owner, seed)
+
+
+def bundle_context(session: bytes, round_: int, owner: int, holder: int) -> bytes:
+    """The associated data of a bundle."""
+    return hash_of(b"bundle", session, round_, owner, holder)
+
+
+def roots_context(session: bytes, round_: int, owner: int) -> bytes:
+    """The associated data of the sealed pairwise roots."""
+    return hash_of(b"roots", session, round_, owner)
+
+
+def masked_size(length: int, ring_bits: int) -> int:
+    return length * (ring_bits // 8)
+
+
+def ring_dtype(ring_bits: int) -> np.dtype[Any]:
+    return np.dtype(np.uint64 if ring_bits == 64 else np.uint32)
+
+
+def ring_bytes(vector: NDArray[Any]) -> bytes:
+    return vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def ring_vector(data: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)

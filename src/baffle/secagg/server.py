@@ -1,0 +1,452 @@
+"""The server's half of secure aggregation: it relays, adds up, and takes off the masks of the sum.
+
+It is the party that is not trusted: nothing here protects anybody, all of that is in ``client``. What this half
+owes its user is to end in the right sum or in a named error: it checks every signature, every share against
+its tag, and every opened secret against what its owner committed to.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baffle.errors import AggregationError, MessageError, SecurityError
+from baffle.secagg.messages import (
+    SHORT_TAG,
+    Deposit,
+    Offer,
+    Reader,
+    bits,
+    commitment_to,
+    opened,
+    places,
+    ring_dtype,
+    ring_vector,
+    roots_context,
+    share_tag,
+)
+from baffle.secagg.primitives import (
+    KEY_BYTES,
+    SIGNATURE_BYTES,
+    derive,
+    hash_of,
+    mask,
+    open_sealed,
+    verify,
+)
+from baffle.secagg.session import Flags, Policy, Roster, Settings, round_context, session_id
+from baffle.secagg.sharing import SECRET_BYTES, reconstruct_many
+
+Requests = tuple[str, dict[str, bytes]]  # a stage's name, and client → its own bytes
+
+
+class ServerSession:
+    """One key agreement, and what its rounds leave for the next ones.
+
+    ``members`` are the clients that the session is offered to; ``binding`` the hash of the sums' terms.
+    Raises ConfigError or SecurityError, before anything is sent, for settings below ``policy``.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        members: Sequence[str],
+        settings: Settings,
+        policy: Policy,
+        *,
+        job: bytes,
+        number: int,
+        first_round: int,
+        binding: bytes,
+    ) -> None:
+        flags = np.zeros(len(roster), bool)
+        for name in members:
+            flags[roster.place(name)] = True
+        policy.check(settings, len(members), len(members))
+        self.roster, self.settings, self.policy = roster, settings, policy
+        self.first_round, self.members = first_round, len(members)
+        self._member_places = places(flags)
+        self._offer = Offer(job, number, first_round, settings, roster.digest, flags).encode()
+        self._offer_hash = hash_of(b"offer", self._offer, binding)
+        self._stage = ""
+        self._adverts: dict[int, bytes] = {}  # by place in the roster
+        self._choices: dict[int, list[int]] = {}  # by place in the session
+        self.names: tuple[str, ...] = ()  # of those present; places count them
+        self._place: dict[str, int] = {}
+        self._full = True
+        self.id = b""
+        self.holders: list[list[int]] = []
+        self.owners: list[list[int]] = []
+        self.partners: list[list[int]] = []
+        self.deposits: dict[int, Deposit] = {}  # for the round to come, by place
+        self._introduced: set[int] = set()
+
+    @property
+    def last_round(self) -> int:
+        return self.first_round + self.settings.rounds - 1
+
+    def serves(self, round_: int, names: Sequence[str]) -> bool:
+        """Whether a round of these clients needs no new key agreement."""
+        return bool(self.holders) and round_ <= self.last_round and set(names) <= set(self.names)
+
+    # -- key agreement ------------------------------------------------------------------------------
+
+    def stages(self) -> Iterator[Requests]:
+        """advertise, and choose where not everybody holds everybody's shares."""
+        self._stage = "advertise"
+        yield "advertise", {self.roster.names[i]: self._offer for i in self._member_places}
+        here = sorted(self._adverts)
+        self._check_present(len(here))
+        present = np.isin(np.array(self._member_places), here)
+        self.present = bits(present)
+        self.names = tuple(self.roster.names[i] for i in here)
+        self.keys = [self.roster.keys[i] for i in here]
+        self._place = {name: place for place, name in enumerate(self.names)}
+        count = len(here)
+        self._full = self.settings.full(count)
+        self._advert = [self._adverts[i] for i in here]
+        one_time = b"".join(advert[:KEY_BYTES] for advert in self._advert) if self._full else b""
+        self.id = session_id(self._offer_hash, self.present, one_time)
+        if self._full:
+            everyone = list(range(count))
+            self.holders = [everyone[:i] + everyone[i + 1 :] for i in everyone]
+            self.owners, self.partners = self.holders, self.holders
+        else:
+            self._stage = "choose"
+            yield "choose", dict.fromkeys(self.names, self.present)
+            self._settle(count)
+        self._stage = ""
+
+    def _check_present(self, count: int) -> None:
+        try:
+            self.policy.check(self.settings, self.members, count)
+        except SecurityError as error:
+            raise AggregationError(
+                f"{count} of {self.members} clients advertised keys, too few: {error}"
+            ) from error
+
+    def _settle(self, count: int) -> None:
+        """Holders, owners and masking partners from the clients' choices. Who chose nobody takes no part."""
+        self._check_present(len(self._choices))
+        self.holders = [sorted(self._choices.get(i, [])) for i in range(count)]
+        self.owners = [[] for _ in range(count)]
+        pairs: list[set[int]] = [set() for _ in range(count)]
+        for owner, choice in self._choices.items():
+            for holder in choice:
+                self.owners[holder].append(owner)
+            for partner in choice[: self.settings.partners]:
+                pairs[owner].add(partner)
+                pairs[partner].add(owner)
+        for owners in self.owners:
+            owners.sort()
+        self.partners = [sorted(pair) for pair in pairs]
+
+    def add(self, name: str, message: bytes) -> None:
+        """Takes an answer of the key agreement."""
+        if self._stage == "advertise":
+            place = self.roster.place(name)
+            if place not in self._member_places:
+                raise SecurityError(f"client {name} is no member of this session")
+            if place in self._adverts:
+                raise SecurityError(f"client {name} advertised twice")
+            key = opened(self.roster.keys[place], self._offer_hash, "advertise", message, name)
+            if len(key) != KEY_BYTES:
+                raise MessageError(f"client {name}: an advert of {len(key)} bytes")
+            self._adverts[place] = message
+        elif self._stage == "choose":
+            place = self.place(name)
+            body = opened(self.keys[place], self.id, "choose", message, name)
+            choice = np.frombuffer(body, "<u2").tolist() if len(body) % 2 == 0 else []
+            fits = len(set(choice)) == len(choice) == self.settings.degree
+            if not fits or place in choice or max(choice) >= len(self.names) or place in self._choices:
+                raise SecurityError(f"client {name}: a choice of holders that cannot be")
+            self._choices[place] = choice
+        else:
+            raise MessageError(f"client {name} answered where nothing was asked")
+
+    # -- deposits -----------------------------------------------------------------------------------
+
+    def place(self, name: str) -> int:
+        if name not in self._place:
+            raise SecurityError(f"client {name} is not present in this session")
+        return self._place[name]
+
+    def share_request(self, place: int, round_: int) -> bytes:
+        """What a client needs for its deposit: the round, and the first time the others' keys."""
+        head = struct.pack("<Q", round_)
+        if place in self._introduced:
+            return head
+        if self._full:
+            return b"".join((head, self.present, *self._advert))
+        chosen = [self._advert[i] for i in self._choices[place]]
+        owners = [
+            struct.pack("<HB", i, place in self._choices[i][: self.settings.partners])
+            + self._advert[i][:KEY_BYTES]
+            for i in self.owners[place]
+        ]
+        return b"".join((head, self.present, *chosen, struct.pack("<H", len(owners)), *owners))
+
+    def lacking(self, names: Sequence[str]) -> list[int]:
+        """Places of those of ``names`` that can take part and have made no deposit yet."""
+        here = [self._place[name] for name in names if name in self._place]
+        return sorted(i for i in here if i not in self.deposits and self.holders[i])
+
+    def add_deposit(self, name: str, round_: int, message: bytes) -> None:
+        place = self.place(name)
+        body = opened(self.keys[place], hash_of(b"deposit", self.id, round_), "share", message, name)
+        r = Reader(body)
+        self.deposits[place] = self.read_deposit(place, r)
+        r.end()
+        self._introduced.add(place)
+
+    def read_deposit(self, place: int, r: Reader) -> Deposit:
+        return Deposit.read(r, len(self.holders[place]), len(self.partners[place]))
+
+    def exclude(self, place: int) -> None:
+        """A client whose secrets cannot be opened: its holders and shares count, its answers no longer."""
+        self.holders[place] = []
+        self.deposits.pop(place, None)
+
+
+class ServerRound:
+    """One round of a session: a masked sum, and the way to its opening.
+
+    ``binding`` hashes plan and terms; ``ring_bits`` is 32 or 64. Use: for each of ``stages()``, ask, ``add``
+    what comes; then ``close``. Raises AggregationError where the round cannot end in the right sum; the session
+    goes on. Memory: one vector, and some kilobytes a client.
+    """
+
+    def __init__(
+        self, session: ServerSession, round_: int, names: Sequence[str], binding: bytes, ring_bits: int
+    ) -> None:
+        self.session, self.round, self._names = session, round_, names
+        self._binding, self._dtype = binding, ring_dtype(ring_bits)
+        self._stage = ""
+        self._deposits: dict[int, Deposit] = {}
+        self._participants: Flags = np.zeros(0, bool)
+        self._context = b""
+        self._total: NDArray[Any] | None = None
+        self._survivors: Flags = np.zeros(0, bool)
+        self._signatures: dict[int, bytes] = {}
+        self._opened: set[int] = set()
+        self._shares: dict[
+            int, list[tuple[int, bytes]]
+        ] = {}  # owner → (point, share), of the kind that is due
+        self._false: dict[int, int] = {}  # owner → shares that were none
+
+    # -- asking -------------------------------------------------------------------------------------
+
+    def stages(self) -> Iterator[Requests]:
+        """share where a deposit is lacking, answer, confirm if agreed so, unmask."""
+        s = self.session
+        lacking = s.lacking(self._names)
+        if lacking:
+            self._stage = "share"
+            yield "share", {s.names[i]: s.share_request(i, self.round) for i in lacking}
+        self._take_part()
+        self._stage = "answer"
+        yield "answer", self._answer_requests()
+        self._check_survivors()
+        roll = bits(self._survivors)
+        if s.settings.consistency:
+            self._stage = "confirm"
+            yield "confirm", {s.names[i]: roll for i in places(self._survivors)}
+            roll += self._signed_roll()
+        self._stage = "unmask"
+        yield "unmask", {s.names[i]: roll for i in places(self._survivors)}
+        self._stage = ""
+
+    def _take_part(self) -> None:
+        """Those that made a deposit and whose secrets enough others can open. Their deposits are used up."""
+        s = self.session
+        wanted = {s.place(name) for name in self._names if name in s.names}
+        here = {i for i in wanted if i in s.deposits}
+        while True:  # who has too few holders left leaves, which may leave others with too few
+            short = {i for i in here if sum(j in here for j in s.holders[i]) < s.settings.threshold}
+            if not short:
+                break
+            here -= short
+        if len(here) < s.settings.least:
+            raise AggregationError(
+                f"round {self.round}: {len(here)} clients can take part, {s.settings.least} are needed"
+            )
+        self._deposits = {i: s.deposits[i] for i in here}
+        s.deposits = {}
+        self._participants = np.zeros(len(s.names), bool)
+        self._participants[list(here)] = True
+
+    def _answer_requests(self) -> dict[str, bytes]:
+        s = self.session
+        head = struct.pack("<Q", self.round) + bits(self._participants)
+        inbox: dict[int, list[bytes]] = {i: [head] for i in self._deposits}
+        for owner in sorted(self._deposits):
+            for holder, bundle in zip(s.holders[owner], self._deposits[owner].bundles, strict=True):
+                if holder in inbox:
+                    inbox[holder].append(bundle)
+        for deposit in self._deposits.values():
+            deposit.bundles.clear()
+        return {s.names[i]: b"".join(parts) for i, parts in inbox.items()}
+
+    def _check_survivors(self) -> None:
+        s, count = self.session, int(self._survivors.sum()) if self._total is not None else 0
+        if count < s.settings.least:
+            raise AggregationError(
+                f"round {self.round}: {count} of {int(self._participants.sum())} clients answered, "
+                f"{s.settings.least} are needed: nothing was opened"
+            )
+
+    def _signed_roll(self) -> bytes:
+        s = self.session
+        quorum = s.policy.quorum(s.members, len(s.names))
+        if len(self._signatures) < quorum:
+            raise AggregationError(
+                f"round {self.round}: {len(self._signatures)} clients signed the list of survivors, "
+                f"{quorum} are needed: nothing was opened"
+            )
+        signers = np.zeros(len(s.names), bool)
+        signers[list(self._signatures)] = True
+        return bits(signers) + b"".join(self._signatures[i] for i in places(signers))
+
+    # -- taking -------------------------------------------------------------------------------------
+
+    def add(self, name: str, message: bytes) -> None:
+        """Takes one client's answer to the stage that was asked last.
+
+        Raises SecurityError or MessageError, and is as before, where it does not fit: that client then counts
+        as one that dropped out.
+        """
+        s = self.session
+        if self._stage == "share":
+            s.add_deposit(name, self.round, message)
+            return
+        place = s.place(name)
+        if self._stage == "answer":
+            self._add_answer(name, place, message)
+        elif self._stage == "confirm":
+            self._add_signature(name, place, message)
+        elif self._stage == "unmask":
+            self._add_shares(name, place, message)
+        else:
+            raise MessageError(f"client {name} answered where nothing was asked")
+
+    def _add_answer(self, name: str, place: int, message: bytes) -> None:
+        s = self.session
+        if not self._participants[place] or (self._total is not None and self._survivors[place]):
+            raise SecurityError(f"client {name} takes no part in round {self.round}, or answered twice")
+        more = self.round < s.last_round
+        behind = Deposit.size(len(s.holders[place]), len(s.partners[place])) if more else 0
+        size = len(message) - SIGNATURE_BYTES - behind
+        length, odd = divmod(size, self._dtype.itemsize)
+        if size <= 0 or odd or (self._total is not None and length != len(self._total)):
+            raise MessageError(f"client {name}: a masked vector of {size} bytes")
+        context = round_context(
+            s.id, self.round, bits(self._participants), self._binding, 8 * self._dtype.itemsize, length
+        )
+        body = opened(s.keys[place], context, "answer", message, name)
+        r = Reader(body)
+        vector = ring_vector(r.take(size), self._dtype)
+        if more:
+            s.deposits[place] = s.read_deposit(place, r)
+        r.end()
+        if self._total is None:
+            self._total, self._context = vector.copy(), context
+            self._survivors = np.zeros(len(s.names), bool)
+        else:
+            self._total += vector
+        self._survivors[place] = True
+
+    def _add_signature(self, name: str, place: int, signature: bytes) -> None:
+        message = hash_of(b"message", self._context, b"confirm", bits(self._survivors))
+        if not self._survivors[place] or not verify(self.session.keys[place], signature, message):
+            raise SecurityError(f"client {name} did not sign this round's list of survivors")
+        self._signatures[place] = signature
+
+    def _add_shares(self, name: str, place: int, message: bytes) -> None:
+        s = self.session
+        if not self._survivors[place] or place in self._opened:
+            raise SecurityError(f"client {name} is not asked for shares, or sent them already")
+        r = Reader(opened(s.keys[place], self._context, "unmask", message, name))
+        owners = [i for i in s.owners[place] if self._participants[i]]
+        there = r.flags(len(owners))
+        given = [owner for owner, flag in zip(owners, there, strict=True) if flag]
+        shares = r.blocks(len(given), SECRET_BYTES)
+        r.end()
+        self._opened.add(place)
+        for owner, share in zip(given, shares, strict=True):
+            have = self._shares.setdefault(owner, [])
+            if len(have) < s.settings.threshold:
+                position = s.holders[owner].index(place)
+                if self._is_true(owner, place, position, share):
+                    have.append((position + 1, share))
+                else:
+                    self._false[owner] = self._false.get(owner, 0) + 1
+
+    def _is_true(self, owner: int, holder: int, position: int, share: bytes) -> bool:
+        kind = 0 if self._survivors[owner] else 1
+        at = (2 * position + kind) * SHORT_TAG
+        tag = self._deposits[owner].tags[at : at + SHORT_TAG]
+        return share_tag(self.session.id, self.round, owner, holder, kind, share) == tag
+
+    # -- the sum ------------------------------------------------------------------------------------
+
+    def close(self) -> tuple[NDArray[Any], list[str]]:
+        """The sum of the survivors' vectors in the ring, and their names."""
+        s, total = self.session, self._total
+        if total is None or self._stage:
+            raise AggregationError(f"round {self.round}: the stages did not run to their end")
+        alive = places(self._survivors)
+        gone = [
+            i
+            for i in places(self._participants & ~self._survivors)
+            if any(self._survivors[j] for j in s.partners[i])
+        ]
+        secrets = self._secrets([*alive, *gone])
+        for i in alive:
+            if commitment_to(s.id, self.round, i, secrets[i]) != self._deposits[i].commitment:
+                self.session.exclude(i)
+                raise self._unopened(i, "its shares give another secret than the one that it committed to")
+            total -= mask(derive(secrets[i], self._context), len(total), self._dtype)
+        for i in gone:
+            for partner, root in zip(s.partners[i], self._roots(i, secrets[i]), strict=True):
+                if self._survivors[partner]:
+                    noise = mask(derive(root, self._context), len(total), self._dtype)
+                    # The partner, who survived, added it if its place is the lower one.
+                    if partner < i:
+                        total -= noise
+                    else:
+                        total += noise
+        return total, [s.names[i] for i in alive]
+
+    def _secrets(self, owners: list[int]) -> dict[int, bytes]:
+        threshold = self.session.settings.threshold
+        for i in owners:
+            have, false = len(self._shares.get(i, ())), self._false.get(i, 0)
+            if have < threshold:
+                if have + false >= threshold:  # not for want of answers: it lied, or many of its holders
+                    self.session.exclude(i)
+                raise self._unopened(i, f"{have} true and {false} false shares came, {threshold} are needed")
+        rows = [self._shares[i] for i in owners]
+        points = np.array([[point for point, _ in row] for row in rows], np.uint8)
+        shares = np.frombuffer(b"".join(share for row in rows for _, share in row), np.uint8)
+        found = reconstruct_many(points, shares.reshape(len(rows), threshold, SECRET_BYTES))
+        return {i: secret.tobytes() for i, secret in zip(owners, found, strict=True)}
+
+    def _roots(self, owner: int, rho: bytes) -> list[bytes]:
+        try:
+            sealed = self._deposits[owner].sealed
+            context = roots_context(self.session.id, self.round, owner)
+            return Reader(open_sealed(derive(rho, b"roots"), 0, sealed, context)).blocks(
+                len(self.session.partners[owner]), KEY_BYTES
+            )
+        except SecurityError as error:
+            self.session.exclude(owner)
+            raise self._unopened(owner, "its shares do not open what it deposited") from error
+
+    def _unopened(self, place: int, why: str) -> AggregationError:
+        return AggregationError(
+            f"round {self.round}: the masks of client {self.session.names[place]} cannot be taken off: {why}; no sum is given"
+        )

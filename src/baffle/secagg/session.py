@@ -1,0 +1,177 @@
+"""Who takes part in a session, on what terms, and the hash that binds every key to both.
+
+A session is one key agreement that serves many rounds. Its identity is a hash that every client computes from
+what it was told: the job, the terms of the sums, the settings below, the pinned roster, who is present and
+(where everyone masks with everyone) all of their keys. A round's context adds the round's number, its
+participants, and what the caller binds: the plan and with it the weights' digest, the seed, K and σ. Whoever
+was told something else derives other masks, which cancel with nobody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baffle.errors import ConfigError, SecurityError
+from baffle.secagg.primitives import KEY_BYTES, hash_of
+from baffle.secagg.sharing import MOST_HOLDERS
+
+Flags = NDArray[np.bool_]
+MOST_CLIENTS = 1 << 16
+
+
+class Roster:
+    """The identities of a job, pinned by everyone before it starts: names → Ed25519 public keys (32 bytes).
+
+    A client is its place in the ascending order of names. Raises ConfigError for a roster that cannot be.
+    """
+
+    def __init__(self, keys: Mapping[str, bytes]) -> None:
+        if not 2 <= len(keys) <= MOST_CLIENTS:
+            raise ConfigError(f"a roster of {len(keys)} clients: 2 to {MOST_CLIENTS} are possible")
+        for name, key in keys.items():
+            if len(key) != KEY_BYTES:
+                raise ConfigError(f"client {name}: a public key has {KEY_BYTES} bytes, not {len(key)}")
+        if len(set(keys.values())) != len(keys):
+            raise ConfigError("two clients of the roster have one public key")
+        self.names = tuple(sorted(keys))
+        self.keys = tuple(keys[name] for name in self.names)
+        self.digest = hash_of(b"roster", *(part for n in self.names for part in (n.encode(), keys[n])))
+        self._place = {name: place for place, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def place(self, name: str) -> int:
+        """Raises SecurityError for a name that is not on the roster."""
+        if name not in self._place:
+            raise SecurityError(f"client {name} is not on the roster")
+        return self._place[name]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a session protects. The server proposes them; each client holds them against its own Policy.
+
+    degree       k, the holders of shares of one client's secrets; members − 1 or more: everybody
+    partners     how many of its holders a client also masks with; as ``degree`` for everybody
+    threshold    t, the shares that open a secret
+    consistency  clients sign who survived before they open anything
+    least        the fewest clients in a sum
+    rounds       how many rounds one key agreement serves
+    """
+
+    degree: int
+    partners: int
+    threshold: int
+    consistency: bool = False
+    least: int = 3
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.threshold <= self.degree < MOST_CLIENTS:
+            raise ConfigError(f"threshold {self.threshold} of {self.degree} holders: 2 ≤ t ≤ k is needed")
+        if not 1 <= self.partners <= self.degree:
+            raise ConfigError(f"{self.partners} masking partners among {self.degree} holders")
+        if not 2 <= self.least < 1 << 32:
+            raise ConfigError(f"a sum over {self.least} clients hides nobody: at least 2")
+        if not 1 <= self.rounds < 1 << 32:
+            raise ConfigError(f"a session of {self.rounds} rounds: at least 1")
+
+    def full(self, present: int) -> bool:
+        """Whether everybody holds shares of everybody."""
+        return self.degree >= present - 1
+
+    def holders(self, present: int) -> int:
+        """Holders of each client's shares."""
+        return min(self.degree, present - 1)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a client insists on, whatever the server proposes.
+
+    ``least`` clients in a sum; privacy against the server and a fraction ``corrupt`` of the members together,
+    but for a chance of ``security`` where holders are drawn at random. ``most_rounds`` a session may last.
+    """
+
+    least: int = 3
+    corrupt: float = 0.1
+    security: float = 2.0**-40
+    most_rounds: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if self.least < 2 or not 0.0 <= self.corrupt < 1.0 or not 0.0 < self.security < 1.0:
+            raise ConfigError(
+                f"a policy of least {self.least} (≥ 2), corrupt {self.corrupt} (in [0, 1)), "
+                f"security {self.security} (in (0, 1))"
+            )
+
+    def colluders(self, members: int) -> int:
+        """How many of so many members may collude with the server."""
+        return int(self.corrupt * members)
+
+    def quorum(self, members: int, present: int) -> int:
+        """Signatures that two different lists of survivors cannot both get: (present + colluders)/2 exceeded."""
+        return (present + self.colluders(members)) // 2 + 1
+
+    def check(self, settings: Settings, members: int, present: int) -> None:
+        """Raises SecurityError where a session of these settings protects less than this policy."""
+        if settings.least < self.least or present < self.least:
+            raise SecurityError(
+                f"a sum over {min(settings.least, present)} clients was proposed, "
+                f"this client's policy asks for {self.least}"
+            )
+        if settings.rounds > self.most_rounds:
+            raise SecurityError(f"a session of {settings.rounds} rounds: at most {self.most_rounds} here")
+        holders, colluders = settings.holders(present), self.colluders(members)
+        if holders > MOST_HOLDERS:
+            raise SecurityError(f"{holders} holders of one secret: at most {MOST_HOLDERS} are possible")
+        if settings.threshold > holders:
+            raise SecurityError(f"{present} clients are present: too few for {settings.threshold} shares")
+        if settings.full(present):
+            least = colluders + 1 if settings.consistency else (holders + colluders) // 2 + 1
+            if settings.threshold < least:
+                raise SecurityError(
+                    f"threshold {settings.threshold} of {holders} with {colluders} colluders: "
+                    f"this client's policy asks for {least}"
+                )
+            return
+        risk = exposure(
+            present - 1, colluders, holders, settings.threshold, consistency=settings.consistency
+        ) * (present - colluders)
+        if risk > self.security:
+            raise SecurityError(
+                f"threshold {settings.threshold} of {holders} among {present} clients, {colluders} of them "
+                f"colluding, fails with probability {risk:.1e}: this client's policy allows {self.security:.1e}"
+            )
+
+
+def exposure(others: int, corrupt: int, holders: int, threshold: int, *, consistency: bool) -> float:
+    import math
+
+    bad = threshold if consistency else 2 * threshold - holders
+    total = math.comb(others, holders)
+    ways = sum(
+        math.comb(corrupt, c) * math.comb(others - corrupt, holders - c)
+        for c in range(max(bad, 0), min(corrupt, holders) + 1)
+    )
+    return ways / total
+
+
+def session_id(offer: bytes, present: bytes, keys: bytes) -> bytes:
+    """32 bytes that all keys of a session hang on. ``keys``: where everybody masks with everybody, all of them.
+
+    Elsewhere a pair's secret is bound to both of its keys by the key agreement itself.
+    """
+    return hash_of(b"session", offer, present, keys)
+
+
+def round_context(
+    session: bytes, round_: int, participants: bytes, binding: bytes, ring_bits: int, length: int
+) -> bytes:
+    """32 bytes that all masks of a round hang on."""
+    return hash_of(b"round", session, round_, participants, binding, ring_bits, length)
