@@ -201,10 +201,10 @@ def test_memory_grows_by_bytes_a_client_between_uploads_too():
 
 def test_the_measure_of_memory_can_fail():
     class Keeping(PlainSum):
-        def open(self, plan):
-            self.kept, tally = [], super().open(plan)
+        def open(self, plan, names):
+            self.kept, tally = [], super().open(plan, names)
             add = tally.add
-            tally.add = lambda name, result: (self.kept.append(result), add(name, result))
+            tally.add = lambda name, answer: (self.kept.append(answer), add(name, answer))
             return tally
 
     growth = (peak(60, "backprop", aggregator=Keeping()) - peak(10, "backprop", aggregator=Keeping())) / 50
@@ -233,10 +233,10 @@ def test_a_tally_is_the_loop_of_the_specification(fidelity):
             zip(lengths, [1, 3, 2**53 + 1, 2**63 + 5, 17, 2**64 - 1], strict=True)
         )
     }
-    tally = PlainSum().open(plan)
+    tally = PlainSum().open(plan, sorted(sent))
     total, weight = [0.0] * max(lengths), [0.0] * max(lengths)
     for name in sorted(sent):
-        tally.add(name, sent[name])
+        tally.add(name, sent[name].encode())
         for k, value in enumerate(sent[name].values.tolist()):
             total[k] += float(sent[name].samples) * value
             weight[k] += float(sent[name].samples)
@@ -245,34 +245,35 @@ def test_a_tally_is_the_loop_of_the_specification(fidelity):
 
 def test_a_longer_row_may_come_later():
     plan = plan_of()
-    tally = PlainSum().open(plan)
-    tally.add("a", answer(plan, [1.0]))
-    tally.add("b", answer(plan, [3.0, 5.0, 7.0]))
+    tally = PlainSum().open(plan, ["a", "b", "c", "z"])
+    tally.add("a", answer(plan, [1.0]).encode())
+    tally.add("b", answer(plan, [3.0, 5.0, 7.0]).encode())
     assert tally.close().values.tolist() == [2.0, 5.0, 7.0]
 
 
 @pytest.mark.parametrize("fidelity", ["forward-only", "backprop"])
 def test_a_refused_answer_leaves_the_tally_as_it_was(fidelity):
     plan, other = plan_of(fidelity), plan_of(fidelity, directions=6)
-    tally = PlainSum().open(plan)
+    tally = PlainSum().open(plan, ["a", "b", "c", "z"])
     with pytest.raises(AggregationError, match="no client"):
         tally.close()
     with pytest.raises(AggregationError, match="another plan"):
-        tally.add("z", answer(other, [1.0] * 4))
-    tally.add("b", answer(plan, [1.0, 2.0, 3.0, 4.0]))
+        tally.add("z", answer(other, [1.0] * 4).encode())
+    tally.add("b", answer(plan, [1.0, 2.0, 3.0, 4.0]).encode())
     refused = [
         ("c", answer(other, [9.0] * 4), "another plan"),
         ("c", RoundResult(1, plan.digest, 1, np.ones(4, np.float32)), "another plan"),
         ("c", answer(plan, [9.0] * 6), "6 "),
         ("b", answer(plan, [9.0] * 4), "ascend"),  # said twice
         ("a", answer(plan, [9.0] * 4), "ascend"),
+        ("d", answer(plan, [9.0] * 4), "cohort"),
     ]
     if fidelity == "backprop":
         refused.append(("c", answer(plan, [9.0] * 3), "3 numbers where others sent 4"))
     for name, result, why in refused:
         with pytest.raises(AggregationError, match=why):
-            tally.add(name, result)
-    tally.add("c", answer(plan, [3.0, 2.0, 1.0, 0.0]))
+            tally.add(name, result.encode())
+    tally.add("c", answer(plan, [3.0, 2.0, 1.0, 0.0]).encode())
     assert tally.close().values.tolist() == [2.0, 2.0, 2.0, 2.0]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from baffle.aggregation import Aggregator, PlainSum, Tally
+from baffle.aggregation import Aggregator, PlainSum, Seal, Stage, Tally
 from baffle.client import Client, Download, Samples
 from baffle.errors import BaffleError
 from baffle.estimator import SteinEstimator
@@ -68,7 +68,9 @@ __all__ = [
     "Runtime",
     "Samples",
     "ScalarLog",
+    "Seal",
     "Server",
+    "Stage",
     "SteinEstimator",
     "Stream",
     "Tally",

@@ -1,27 +1,60 @@
-"""Aggregators: many clients' answers → one sum. The server sees nothing of a round but that sum."""
+"""Aggregators: many clients' answers → one sum. The server sees nothing of a round but that sum.
+
+A round is a row of stages. In each, a driver gives every client that the tally asks its request, and hands
+what comes back to the tally; after the last, the tally closes to a sum. A client's half is a ``Seal``.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from baffle.errors import AggregationError
+from baffle.errors import AggregationError, ConfigError
 from baffle.plan import RoundPlan, RoundResult, RoundSum
+
+if TYPE_CHECKING:
+    from baffle.terms import Terms
+
+ANSWER = "answer"  # the stage in which clients measure: it goes with the model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One exchange of a round: a request for each client that is asked, its own bytes.
+
+    Every client also has the round's plan, and the model with the stage ``answer``.
+    """
+
+    name: str
+    requests: Mapping[str, bytes]
 
 
 class Tally(Protocol):
     """One round's sum in the making: answers go in one by one, and need not be kept."""
 
-    def add(self, name: str, result: RoundResult) -> None:
-        """Takes a client's answer. Raises AggregationError, and is as before, where it does not fit."""
+    def stages(self) -> Iterator[Stage]:
+        """The stages, one after the other; between two, the driver adds what came.
+
+        Whoever was asked in a stage and was not added before the next has dropped out. Raises
+        AggregationError or SecurityError where the round cannot go on with those that are left.
+        """
+        ...
+
+    def add(self, name: str, answer: bytes) -> None:
+        """Takes a client's answer to the current stage.
+
+        Raises AggregationError, MessageError or SecurityError, and is as before, where it does not fit.
+        """
         ...
 
     def close(self) -> RoundSum:
-        """The weighted mean of each entry. Raises AggregationError where there is none to give.
+        """The weighted mean of each entry, after the last stage.
 
-        The clients of the cohort that were not added by now are the ones that dropped out.
+        Raises AggregationError where there is none to give.
         """
         ...
 
@@ -29,9 +62,41 @@ class Tally(Protocol):
 class Aggregator(Protocol):
     """Sums the answers of a round, weighted with N_c."""
 
-    def open(self, plan: RoundPlan) -> Tally:
-        """An empty tally for the answers to ``plan``."""
+    def open(self, plan: RoundPlan, names: Sequence[str]) -> Tally:
+        """An empty tally for the answers of the cohort ``names`` to ``plan``."""
         ...
+
+
+class Measure(Protocol):
+    """What a client measures for a plan, when it is called: the forward passes happen then.
+
+    Raises DigestMismatchError where the model at hand is not the plan's, PrecisionError and LossError from
+    the measurement, ConfigError where client, plan and terms do not fit.
+    """
+
+    @overload
+    def __call__(self, terms: None) -> RoundResult: ...
+    @overload
+    def __call__(self, terms: Terms) -> NDArray[Any]: ...
+
+
+class Seal(Protocol):
+    """A client's half of an aggregator: what becomes of its measurement before it leaves."""
+
+    def reply(self, stage: str, request: bytes, plan: RoundPlan, measure: Measure) -> bytes:
+        """The answer to a stage's request. ``measure(None)`` is the result in the clear, ``measure(terms)``
+        the residues (length,) to be summed in a ring.
+        """
+        ...
+
+
+class OpenSeal:
+    """In the clear: a client that trusts its server. Knows the stage ``answer`` alone."""
+
+    def reply(self, stage: str, request: bytes, plan: RoundPlan, measure: Measure) -> bytes:
+        if stage != ANSWER or request:
+            raise ConfigError(f"a client that answers in the clear cannot do the stage {stage!r}")
+        return measure(None).encode()
 
 
 class PlainSum:
@@ -42,19 +107,24 @@ class PlainSum:
     turn has not come (``Server.step`` sorts). Memory: two answers in float64, whatever the number of clients.
     """
 
-    def open(self, plan: RoundPlan) -> Tally:
-        return _PlainTally(plan)
+    def open(self, plan: RoundPlan, names: Sequence[str]) -> Tally:
+        return _PlainTally(plan, names)
 
 
 class _PlainTally:
-    def __init__(self, plan: RoundPlan) -> None:
+    def __init__(self, plan: RoundPlan, names: Sequence[str]) -> None:
         self._plan = plan
+        self._requests = dict.fromkeys(names, b"")
         self._last: str | None = None
         self._total: NDArray[np.float64] = np.zeros(0)
         self._weight: NDArray[np.float64] = np.zeros(0)
         self._product: NDArray[np.float64] = np.zeros(0)  # room for N_c·v, made once
 
-    def add(self, name: str, result: RoundResult) -> None:
+    def stages(self) -> Iterator[Stage]:
+        yield Stage(ANSWER, self._requests)
+
+    def add(self, name: str, answer: bytes) -> None:
+        result = RoundResult.decode(answer)
         self._check(name, result)
         count = len(result.values)
         if count > len(self._total):
@@ -75,6 +145,8 @@ class _PlainTally:
 
     def _check(self, name: str, result: RoundResult) -> None:
         plan, count = self._plan, len(result.values)
+        if name not in self._requests:
+            raise AggregationError(f"client {name} is not in the cohort of round {plan.round}")
         if self._last is not None and name <= self._last:
             raise AggregationError(f"client {name} was added behind {self._last}: names must ascend")
         if result.round != plan.round or result.plan_digest != plan.digest:

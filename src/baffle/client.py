@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from baffle import law
+from baffle.aggregation import ANSWER, OpenSeal, Seal
 from baffle.errors import ConfigError, DataError, DigestMismatchError, LossError
 from baffle.estimator import SteinEstimator
 from baffle.local import clip_inf_norm, optimizer_for
 from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, weights_digest
 from baffle.runtimes import Batch, Runtime
 from baffle.stream import Stream, derive_seed, seed_from
+
+if TYPE_CHECKING:
+    from baffle.terms import Terms
 
 Backprop = Callable[[NDArray[np.float32], Batch], tuple[NDArray[np.float32], float]]
 
@@ -42,14 +46,15 @@ class Download:
     """What a round sends down, decoded: one for a device, shared by the clients of one process.
 
     The clients check its weights against the plan's digest, once for each runtime.
-    ``weights`` (n,) float32 cannot be written to.
+    ``weights`` (n,) float32 cannot be written to; without a model, which stages before ``answer`` do not
+    need, there are none.
 
     Raises MessageError for malformed bytes.
     """
 
-    def __init__(self, plan: bytes, model: bytes) -> None:
+    def __init__(self, plan: bytes, model: bytes | None = None) -> None:
         self.plan = RoundPlan.decode(plan)
-        self.weights = ModelMessage.decode(model).weights
+        self.weights = np.empty(0, np.float32) if model is None else ModelMessage.decode(model).weights
         self.weights.setflags(write=False)
         self._fitting: dict[int, Runtime] = {}  # by id; held, so that no other runtime can take the id
 
@@ -71,6 +76,7 @@ class Client:
     ``seed`` and ``name`` fix the order in which it goes through its samples: round r takes batch r of an
     endless row of permutations, so every answer is a function of (plan, model, client) alone.
     ``max_directions`` is K_c: it measures the first min(K, K_c) directions of a plan.
+    ``seal`` is the client's half of the server's aggregator; by default it answers in the clear.
 
     Raises DataError for a client without samples.
     """
@@ -83,6 +89,7 @@ class Client:
         *,
         seed: int | bytes = 0,
         max_directions: int | None = None,
+        seal: Seal | None = None,
     ) -> None:
         if len(samples) < 1:
             raise DataError(f"client {name} has no samples: give it some, or leave it out")
@@ -92,12 +99,13 @@ class Client:
         self.runtime = runtime
         self.samples = samples
         self.max_directions = max_directions
+        self.seal: Seal = seal or OpenSeal()
         self.observed = Observation()
         self._order_seed = derive_seed(seed_from(seed), "order", name)
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def answer(self, plan: bytes, model: bytes) -> bytes:
-        """The encoded answer to an encoded plan and model.
+        """The encoded answer to an encoded plan and model: ``reply`` where a round has one stage.
 
         Raises MessageError for malformed bytes, DigestMismatchError where the model is not the plan's,
         PrecisionError and LossError from the measurement. Cost: the plan's forward passes, times the
@@ -107,26 +115,48 @@ class Client:
 
     def answer_to(self, download: Download) -> bytes:
         """``answer`` where plan and model are decoded already, for another client of this process."""
-        plan, weights = download.plan, download.weights
-        if not download.fits(self.runtime):
-            raise DigestMismatchError(
-                f"client {self.name}: the weights at hand are not those of round {plan.round}'s plan: "
-                "ask the server for the model"
-            )
+        return self.reply(ANSWER, b"", download)
+
+    def reply(self, stage: str, request: bytes, download: Download) -> bytes:
+        """The answer to one stage of a round, which is what a driver calls: the seal's.
+
+        The stage ``answer`` costs and raises what ``answer`` does; besides, SecurityError where the seal
+        refuses a request.
+        """
+        return self.seal.reply(stage, request, download.plan, _Measure(self, download))
+
+    def _result(self, download: Download) -> RoundResult:
+        """The measurement in the clear."""
+        plan = download.plan
+        values = self._values(download)
+        try:
+            return RoundResult(plan.round, plan.digest, len(self.samples), values)
+        except ConfigError as error:  # a number is not finite: all else was checked before
+            raise self._not_finite(plan, error) from error
+
+    def _not_finite(self, plan: RoundPlan, error: ConfigError) -> LossError:
+        return LossError(
+            f"client {self.name}, round {plan.round}: {error}: lower the learning rate, or check the data"
+        )
+
+    def _values(self, download: Download) -> NDArray[np.float32]:
+        """Slopes (K_c,) or n numbers."""
+        plan, weights = download.plan, self._checked(download)
         self.observed = Observation()
         if plan.local is not None:
-            values = self._train(plan, plan.local, weights)
+            values: NDArray[np.floating] = self._train(plan, plan.local, weights)
         else:
             values = self._measure(plan, weights, self._indices(plan.round, plan.batch_size))
         with np.errstate(over="ignore"):
-            values = values.astype(np.float32, copy=False)
-        try:
-            result = RoundResult(plan.round, plan.digest, len(self.samples), values)
-        except ConfigError as error:  # a number is not finite: all else was checked before
-            raise LossError(
-                f"client {self.name}, round {plan.round}: {error}: lower the learning rate, or check the data"
-            ) from error
-        return result.encode()
+            return values.astype(np.float32, copy=False)
+
+    def _checked(self, download: Download) -> NDArray[np.float32]:
+        if not download.fits(self.runtime):
+            raise DigestMismatchError(
+                f"client {self.name}: the weights at hand are not those of round {download.plan.round}'s "
+                "plan: ask the server for the model"
+            )
+        return download.weights
 
     # -- batch-level --------------------------------------------------------------------------------
 
@@ -206,3 +236,20 @@ class Client:
                 f"client {self.name} has its own K: only fidelity 'forward-only' honours max_directions"
             )
         return gradient
+
+
+class _Measure:
+    """``Measure`` of one client and download."""
+
+    def __init__(self, client: Client, download: Download) -> None:
+        self._client, self._download = client, download
+
+    @overload
+    def __call__(self, terms: None) -> RoundResult: ...
+    @overload
+    def __call__(self, terms: Terms) -> NDArray[Any]: ...
+
+    def __call__(self, terms: Terms | None) -> RoundResult | NDArray[Any]:
+        if terms is None:
+            return self._client._result(self._download)
+        raise NotImplementedError

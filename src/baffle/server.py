@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from baffle import law
-from baffle.aggregation import Aggregator, PlainSum
+from baffle.aggregation import ANSWER, Aggregator, PlainSum
 from baffle.errors import AggregationError, ConfigError, LossError
 from baffle.estimator import SteinEstimator
 from baffle.local import clip_inf_norm
@@ -130,15 +130,25 @@ class Server:
     def step(self, results: Mapping[str, RoundResult]) -> RoundSum:
         """Sums the answers, takes one optimizer step and ends the round. Returns the sum.
 
-        For answers that are all at hand; one that comes alone goes into ``aggregator.open(plan())``, and
-        what that tally's ``close`` gives into ``apply``.
+        For answers that are all at hand, and aggregators that ask once. A driver takes
+        ``aggregator.open(plan(), cohort)`` through its stages, and what ``close`` gives into ``apply``.
 
-        Raises AggregationError where nobody answered (the round stays open: ``skip`` ends it) and
-        LossError where the weights would not stay finite; then nothing has changed.
+        Raises AggregationError where nobody answered (the round stays open: ``skip`` ends it), LossError
+        where the weights would not stay finite, and ConfigError for an aggregator of several stages; then
+        nothing has changed.
         """
-        tally = self.aggregator.open(self.plan())
-        for name in sorted(results):
-            tally.add(name, results[name])
+        tally = self.aggregator.open(self.plan(), sorted(results))
+        stages = tally.stages()
+        once = next(stages).name == ANSWER
+        if once:
+            for name in sorted(results):
+                tally.add(name, results[name].encode())
+            once = next(stages, None) is None
+        if not once:
+            raise ConfigError(
+                f"{type(self.aggregator).__name__} asks its clients several times a round: run it with "
+                "simulate, or with a driver that goes through its stages"
+            )
         total = tally.close()
         self.apply(total)
         return total

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
+from baffle.aggregation import ANSWER, Stage
 from baffle.client import Client, Download
-from baffle.errors import ConfigError
-from baffle.plan import Fidelity, RoundPlan, RoundResult, RoundSum
+from baffle.errors import AggregationError, ConfigError, SecurityError
+from baffle.plan import Fidelity, ModelMessage, RoundPlan, RoundResult, RoundSum
 from baffle.server import Server
 from baffle.stream import Stream, derive_seed, philox4x32, seed_from
 
@@ -32,11 +33,13 @@ class RoundRecord:
     bytes_up: int
     seconds: float
     plan: RoundPlan = field(repr=False)
-    total: RoundSum | None = field(repr=False)  # None where nobody answered
+    total: RoundSum | None = field(repr=False)  # None where nobody answered, and where the round was aborted
+    aborted: str | None = None  # why the aggregator gave no sum; then nobody's answer counts
 
     def as_dict(self) -> dict[str, Any]:
-        """The plain numbers, without plan and sum."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "total")}
+        """The plain values, without plan and sum; ``aborted`` where there is a reason."""
+        left_out = {"plan", "total"} if self.aborted else {"plan", "total", "aborted"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 
 def random_drops(probability: float, seed: int | bytes = 0) -> Drops:
@@ -64,7 +67,8 @@ def simulate(
     """Runs rounds until ``server.round == rounds``, and yields a record after each.
 
     ``cohort`` clients are drawn each round (all if None). ``drops(round, name)`` says which of them
-    vanish after measuring, before their answer arrives. Memory, whatever the number of clients: a few
+    vanish after measuring, before their answer arrives. A round that the aggregator gives up, because too
+    few are left or what came cannot be, ends without a step. Memory, whatever the number of clients: a few
     models (the server's state, the message, the sum) and what the clients' runtime keeps, if they share it.
     """
     by_name = {client.name: client for client in clients}
@@ -76,40 +80,85 @@ def simulate(
         started = time.perf_counter()
         plan = server.plan()
         names = server.cohort(list(by_name), cohort)
-        plan_bytes, model_bytes = plan.encode(), server.model().encode()
-        download, tally = Download(plan_bytes, model_bytes), server.aggregator.open(plan)
-        stands_for = _bytes_of_slopes(plan)
-        losses, weights, passes, up = [], [], 0, 0
-        for name in names:
-            client = by_name[name]
-            answer = client.answer_to(download)
-            passes += client.observed.forward_passes
-            if drops is not None and drops(plan.round, name):
-                continue
-            result = RoundResult.decode(answer)
-            tally.add(name, result)  # in the order of names, as the cohort is
-            up += stands_for or len(answer)
-            losses.append(client.observed.loss)
-            weights.append(result.samples)
-        total = None
-        if weights:
-            total = tally.close()
-            server.apply(total)
-        else:
+        sent = _InProcess(by_name, plan, server.model(), drops)
+        tally = server.aggregator.open(plan, names)
+        stages, total, aborted = tally.stages(), None, None
+        while True:
+            try:  # what a client's reply or a refused answer raises ends the run: clients here are honest
+                stage = next(stages, None)
+                if stage is None and sent.weights:
+                    total = tally.close()
+            except (AggregationError, SecurityError) as error:
+                stage, aborted = None, str(error)
+            if stage is None:
+                break
+            for name, answer in sent.ask(stage):
+                tally.add(name, answer)
+        if total is None:
             server.skip()
+        else:
+            server.apply(total)
         yield RoundRecord(
             round=plan.round,
             fidelity=plan.fidelity,
-            loss=float(np.average(losses, weights=weights)) if losses else float("nan"),
+            loss=sent.loss(),
             participants=len(names),
-            dropped=len(names) - len(weights),
-            forward_passes=passes,
-            bytes_down=len(names) * (len(plan_bytes) + len(model_bytes)),
-            bytes_up=up,
+            dropped=len(names) - (0 if total is None else len(sent.weights)),
+            forward_passes=sent.passes,
+            bytes_down=sent.down,
+            bytes_up=sent.up,
             seconds=time.perf_counter() - started,
             plan=plan,
             total=total,
+            aborted=aborted,
         )
+
+
+class _InProcess:
+    """A round's exchanges with clients of this process, and what they cost. Other drivers ``ask`` as this."""
+
+    def __init__(
+        self, clients: Mapping[str, Client], plan: RoundPlan, model: ModelMessage, drops: Drops | None
+    ) -> None:
+        self._clients, self._drops, self._round = clients, drops, plan.round
+        plan_bytes, model_bytes = plan.encode(), model.encode()
+        self._download = Download(plan_bytes, model_bytes)
+        self._plan_size, self._model_size = len(plan_bytes), len(model_bytes)
+        self._stands_for = _bytes_of_slopes(plan)
+        self._told: set[str] = set()  # who has the plan
+        self.down = self.up = self.passes = 0
+        self.losses: list[float] = []  # of those whose answer arrived ...
+        self.weights: list[int] = []  # ... and their N_c
+
+    def ask(self, stage: Stage) -> Iterator[tuple[str, bytes]]:
+        """Gives each client its request, and brings the answers one by one, in the order of names."""
+        requests, answering = stage.requests, stage.name == ANSWER
+        self.down += sum(map(len, requests.values())) + self._plan_size * len(requests.keys() - self._told)
+        self.down += self._model_size * len(requests) if answering else 0
+        self._told.update(requests)
+        for name in sorted(requests):
+            client = self._clients[name]
+            answer = client.reply(stage.name, requests[name], self._download)
+            size = len(answer)
+            if answering:
+                self.passes += client.observed.forward_passes
+                if self._drops is not None and self._drops(self._round, name):
+                    continue
+                size = self._stands_for or size
+                self.losses.append(client.observed.loss)
+                self.weights.append(len(client.samples))
+            yield name, answer
+            self.up += size
+
+    def loss(self) -> float:
+        """The N_c-weighted mean of what was seen; NaN where nothing was."""
+        seen = [
+            (loss, weight) for loss, weight in zip(self.losses, self.weights, strict=True) if loss == loss
+        ]
+        if not seen:
+            return float("nan")
+        losses, weights = zip(*seen, strict=True)
+        return float(np.average(losses, weights=weights))
 
 
 def _bytes_of_slopes(plan: RoundPlan) -> int | None:
