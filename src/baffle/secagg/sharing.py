@@ -53,11 +53,10 @@ def share(
     """Shares (holders, 32) of a 32-byte secret; row i is the one at x = i + 1.
 
     ConfigError unless 2 ≤ threshold ≤ holders ≤ 255, or for a secret of another length. Cost:
-    threshold · holders · 32 products; 31 · threshold random bytes at least.
+    threshold · holders · 32 products and (threshold − 1) · 32 random bytes.
     """
-    shares: NDArray[np.uint8] = share_many(np.frombuffer(secret, np.uint8)[None], threshold, holders, random)[
-        0
-    ]
+    secrets = np.frombuffer(secret, np.uint8)[None]
+    shares: NDArray[np.uint8] = share_many(secrets, threshold, holders, random)[0]
     return shares
 
 
