@@ -22,20 +22,22 @@ MODULES = {
 # A module imports from rows above its own in this table, inside functions too.
 ROWS = """
     errors environment
-    stream fixedpoint config law optimizers runtimes.prefix models._layers data.files data.partition
+    stream wire fixedpoint config law optimizers runtimes.prefix models._layers data.files data.partition
+    secagg.primitives secagg.sharing
     kernels privacy
     kernels.directions kernels.simd
     kernels.winograd
     kernels.layers
     perturbations models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
-    runtimes runtimes.lowrank runtimes.objective runtimes.arrays models data.pickles data.picture
-    runtimes.onebyone
+    runtimes runtimes.objective runtimes.arrays models data.pickles data.picture
+    runtimes.onebyone runtimes.lowrank
     runtimes.batched runtimes.steps
     runtimes.program
     runtimes.sweeps runtimes.tangent
     estimator runtimes.torch data.dataset
     plan data.folders
-    aggregation local vectors data.hub
+    terms local vectors data.hub
+    aggregation
     client server data.sources
     simulation checkpoint data
     runs job
@@ -51,6 +53,7 @@ AT_ONCE = {
     "safetensors": {"checkpoint", "runs"},
     "numba": {"kernels.directions", "kernels.simd"},
     "llvmlite": {"kernels.simd"},
+    "cryptography": {"secagg.primitives"},
 }
 # ... and what only inside functions: whoever does not call them need not have it.
 INSIDE_FUNCTIONS = {
@@ -126,8 +129,8 @@ def test_the_architecture_page_draws_true_rows():
     drawn = page.split("## Directions of import")[1].split("\n\n")[2]
     rows = rows_in("\n".join(reversed(drawn.split("\n"))))
 
-    def room(name):  # data, models and kernels are one name there, and so is what runtimes.torch is made of
-        if name.startswith(("data.", "models.", "kernels.")):
+    def room(name):  # data, models, kernels, secagg are one name there; so is what runtimes.torch is made of
+        if name.startswith(("data.", "models.", "kernels.", "secagg.")):
             return name.split(".")[0]
         return "runtimes.torch" if name.startswith("runtimes.") and name != "runtimes.prefix" else name
 

@@ -13,14 +13,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from baffle.aggregation import Aggregator, PlainSum, Seal, Stage, Tally
+from baffle.aggregation import Aggregator, IntegerSum, PlainSum, Seal, Stage, Tally
 from baffle.client import Client, Download, Samples
 from baffle.errors import BaffleError
 from baffle.estimator import SteinEstimator
+from baffle.fixedpoint import FixedPoint
 from baffle.perturbations import Gaussian, Layout, LowRank, Perturbation, Rademacher
 from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, RoundSum
-from baffle.runtimes import Batch, DifferentiableRuntime, Runtime, TangentRuntime
+from baffle.privacy import Privacy
+from baffle.runtimes import Batch, DifferentiableRuntime, ExampleRuntime, Runtime, TangentRuntime
 from baffle.stream import Stream
+from baffle.terms import Terms
 
 if TYPE_CHECKING:
     from baffle.checkpoint import ScalarLog, load_checkpoint, replay, save_checkpoint
@@ -52,13 +55,17 @@ __all__ = [
     "Client",
     "DifferentiableRuntime",
     "Download",
+    "ExampleRuntime",
+    "FixedPoint",
     "Gaussian",
+    "IntegerSum",
     "Layout",
     "LocalTraining",
     "LowRank",
     "ModelMessage",
     "Perturbation",
     "PlainSum",
+    "Privacy",
     "RAdaZO",
     "Rademacher",
     "RoundPlan",
@@ -75,6 +82,7 @@ __all__ = [
     "Stream",
     "Tally",
     "TangentRuntime",
+    "Terms",
     "TorchRuntime",
     "cross_entropy",
     "evaluate",

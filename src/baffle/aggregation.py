@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from baffle.errors import AggregationError, ConfigError
 from baffle.plan import RoundPlan, RoundResult, RoundSum
-
-if TYPE_CHECKING:
-    from baffle.terms import Terms
+from baffle.terms import RingResult, Terms
 
 ANSWER = "answer"  # the stage in which clients measure: it goes with the model
 
@@ -91,12 +89,19 @@ class Seal(Protocol):
 
 
 class OpenSeal:
-    """In the clear: a client that trusts its server. Knows the stage ``answer`` alone."""
+    """In the clear: a client that trusts its server. Knows the stage ``answer`` alone.
+
+    An empty request asks for a RoundResult, one with terms for a RingResult. Raises ConfigError for other
+    stages, MessageError for other requests.
+    """
 
     def reply(self, stage: str, request: bytes, plan: RoundPlan, measure: Measure) -> bytes:
-        if stage != ANSWER or request:
+        if stage != ANSWER:
             raise ConfigError(f"a client that answers in the clear cannot do the stage {stage!r}")
-        return measure(None).encode()
+        if not request:
+            return measure(None).encode()
+        terms = Terms.decode(request)
+        return RingResult(plan.round, plan.digest, terms.digest, measure(terms)).encode()
 
 
 class PlainSum:
@@ -157,3 +162,60 @@ class _PlainTally:
             )
         if not plan.asks_slopes and self._last is not None and count != len(self._total):
             raise AggregationError(f"client {name} sent {count} numbers where others sent {len(self._total)}")
+
+
+class IntegerSum:
+    """In a ring, without masks: the server sees each client's integers. For trusted servers.
+
+    The sums of secure aggregation to the bit, in any order of arrival. With privacy in the terms, the noise
+    protects from whoever sees a sum, not from this server. Memory: two vectors, whatever the number of
+    clients.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+
+    def open(self, plan: RoundPlan, names: Sequence[str]) -> Tally:
+        """Raises ConfigError where the terms do not fit the plan, or are for fewer clients."""
+        self.terms.check_plan(plan)
+        if len(names) > self.terms.cohort:
+            raise ConfigError(f"{len(names)} clients: the terms are for {self.terms.cohort} at most")
+        return _RingTally(plan, self.terms, names)
+
+
+class _RingTally:
+    def __init__(self, plan: RoundPlan, terms: Terms, names: Sequence[str]) -> None:
+        self._plan, self._terms = plan, terms
+        self._requests = dict.fromkeys(names, terms.encode())
+        self._added: set[str] = set()
+        count = terms.length(plan.estimator.directions) if plan.asks_slopes else 0
+        self._total: NDArray[Any] = np.zeros(count, dtype=terms.fixed_point.dtype)
+
+    def stages(self) -> Iterator[Stage]:
+        yield Stage(ANSWER, self._requests)
+
+    def add(self, name: str, answer: bytes) -> None:
+        result = RingResult.decode(answer)
+        self._check(name, result)
+        if not len(self._total):  # n numbers, of which the plan does not know how many
+            self._total = np.zeros_like(result.residues)
+        self._total += result.residues
+        self._added.add(name)
+
+    def close(self) -> RoundSum:
+        if not self._added:
+            raise AggregationError(f"round {self._plan.round}: no client answered")
+        return self._terms.total(self._plan, self._total, len(self._added))
+
+    def _check(self, name: str, result: RingResult) -> None:
+        plan, count, expected = self._plan, len(result.residues), len(self._total)
+        if name not in self._requests:
+            raise AggregationError(f"client {name} is not in the cohort of round {plan.round}")
+        if name in self._added:
+            raise AggregationError(f"client {name} answered round {plan.round} twice")
+        if result.round != plan.round or result.plan_digest != plan.digest:
+            raise AggregationError(f"client {name} answered another plan than round {plan.round}'s")
+        if result.terms_digest != self._terms.digest or result.residues.dtype != self._total.dtype:
+            raise AggregationError(f"client {name} answered by other terms than round {plan.round}'s")
+        if count <= self._terms.length(0) or (expected and count != expected):
+            raise AggregationError(f"client {name} sent {count} residues where {expected} were asked for")

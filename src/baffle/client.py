@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +19,7 @@ from baffle.local import clip_inf_norm, optimizer_for
 from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, weights_digest
 from baffle.runtimes import Batch, Runtime
 from baffle.stream import Stream, derive_seed, seed_from
-
-if TYPE_CHECKING:
-    from baffle.terms import Terms
+from baffle.terms import Terms
 
 Backprop = Callable[[NDArray[np.float32], Batch], tuple[NDArray[np.float32], float]]
 
@@ -128,25 +128,44 @@ class Client:
     def _result(self, download: Download) -> RoundResult:
         """The measurement in the clear."""
         plan = download.plan
-        values = self._values(download)
+        values = self._values(download, self._budgeted(plan.estimator))
         try:
             return RoundResult(plan.round, plan.digest, len(self.samples), values)
         except ConfigError as error:  # a number is not finite: all else was checked before
             raise self._not_finite(plan, error) from error
 
-    def _not_finite(self, plan: RoundPlan, error: ConfigError) -> LossError:
+    def _residues(self, download: Download, terms: Terms) -> NDArray[Any]:
+        """The measurement by ``terms``, to be summed in a ring."""
+        plan, samples, estimator = download.plan, len(self.samples), self._budgeted(download.plan.estimator)
+        try:
+            terms.check_plan(plan)
+            terms.check_samples(samples)
+            if plan.asks_slopes:
+                directions = terms.directions(plan, self.max_directions)
+                estimator = replace(plan.estimator, directions=directions)
+        except ConfigError as error:
+            raise ConfigError(f"client {self.name}, round {plan.round}: {error}") from error
+        if terms.privacy is not None and terms.privacy.unit == "example":
+            return terms.prepare_examples(plan, self._examples(download, terms.privacy.sampling_rate))
+        values = self._values(download, estimator)
+        if not np.isfinite(values).all():
+            raise self._not_finite(plan, "an answer holds a number that is not finite")
+        return terms.prepare(plan, values, samples)
+
+    def _not_finite(self, plan: RoundPlan, what: object) -> LossError:
         return LossError(
-            f"client {self.name}, round {plan.round}: {error}: lower the learning rate, or check the data"
+            f"client {self.name}, round {plan.round}: {what}: lower the learning rate, or check the data"
         )
 
-    def _values(self, download: Download) -> NDArray[np.float32]:
+    def _values(self, download: Download, estimator: SteinEstimator) -> NDArray[np.float32]:
         """Slopes (K_c,) or n numbers."""
         plan, weights = download.plan, self._checked(download)
         self.observed = Observation()
         if plan.local is not None:
             values: NDArray[np.floating] = self._train(plan, plan.local, weights)
         else:
-            values = self._measure(plan, weights, self._indices(plan.round, plan.batch_size))
+            indices = self._indices(plan.round, plan.batch_size)
+            values = self._measure(plan, estimator, weights, indices)
         with np.errstate(over="ignore"):
             return values.astype(np.float32, copy=False)
 
@@ -158,14 +177,40 @@ class Client:
             )
         return download.weights
 
+    # -- examples alone -----------------------------------------------------------------------------
+
+    def _examples(self, download: Download, rate: float) -> Iterator[NDArray[np.float64]]:
+        """Slopes (b, K) of the examples that chance takes into this round, a batch size at a time.
+
+        Each takes part with the probability ``rate``, and nobody else may know which did: so the draw is the
+        operating system's, not one of a seed.
+        """
+        plan, weights = download.plan, self._checked(download)
+        self.observed = seen = Observation()
+        chosen, total = np.flatnonzero(_tosses(len(self.samples), rate)), 0.0
+        for at in range(0, len(chosen), plan.batch_size):
+            indices = chosen[at : at + plan.batch_size]
+            batch = self.samples.batch(indices)
+            measured = plan.estimator.example_slopes(self.runtime, weights, batch, plan.stream)
+            total += measured.loss * len(indices)
+            seen.loss, seen.forward_passes = (
+                total / (at + len(indices)),
+                seen.forward_passes + measured.forward_passes,
+            )
+            yield measured.slopes
+
     # -- batch-level --------------------------------------------------------------------------------
 
     def _measure(
-        self, plan: RoundPlan, weights: NDArray[np.float32], indices: NDArray[np.int64]
+        self,
+        plan: RoundPlan,
+        estimator: SteinEstimator,
+        weights: NDArray[np.float32],
+        indices: NDArray[np.int64],
     ) -> NDArray[np.floating]:
         batch = self.samples.batch(indices)
         if plan.fidelity == "forward-only":
-            measured = self._budgeted(plan.estimator).slopes(self.runtime, weights, batch, plan.stream)
+            measured = estimator.slopes(self.runtime, weights, batch, plan.stream)
             self.observed = Observation(measured.loss, measured.forward_passes)
             return measured.slopes
         gradient, loss = self._backprop()(weights, batch)
@@ -252,4 +297,13 @@ class _Measure:
     def __call__(self, terms: Terms | None) -> RoundResult | NDArray[Any]:
         if terms is None:
             return self._client._result(self._download)
-        raise NotImplementedError
+        return self._client._residues(self._download, terms)
+
+
+def _tosses(count: int, rate: float) -> NDArray[np.bool_]:
+    """Independent coins that are True with the probability ⌊rate·2⁶⁴⌋/2⁶⁴, from the operating system."""
+    threshold = math.floor(math.ldexp(rate, 64))
+    if threshold >= 1 << 64:
+        return np.ones(count, dtype=np.bool_)
+    drawn: NDArray[np.bool_] = np.frombuffer(os.urandom(8 * count), np.uint64) < np.uint64(threshold)
+    return drawn

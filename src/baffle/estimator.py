@@ -17,7 +17,7 @@ engine cannot do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from baffle.errors import ConfigError, LossError
 from baffle.perturbations import WORTH_A_KERNEL, Gaussian, Layout, Perturbation, compiled
-from baffle.runtimes import Batch, HoldingRuntime, Runtime, TangentRuntime
+from baffle.runtimes import Batch, ExampleRuntime, HoldingRuntime, Runtime, TangentRuntime
 from baffle.stream import NUMPY, Arrays, Stream
 
 SCHEMES = ("forward", "central", "tangent")
@@ -38,7 +38,7 @@ _TOGETHER = 1 << 20  # values of several directions that a device makes at once
 class Measurement(NamedTuple):
     """What a client's half returns. Only ``slopes`` may leave the device."""
 
-    slopes: NDArray[np.float64]  # (K,)
+    slopes: NDArray[np.float64]  # (K,), or (B, K) of examples
     loss: float  # at W; the mean over W ± σz_k for `central`
     forward_passes: int
 
@@ -98,13 +98,42 @@ class SteinEstimator:
         runtime.check_sigma(self.sigma)
         with runtime.holding(batch) if isinstance(runtime, HoldingRuntime) else nullcontext():
             if self.scheme == "central":
-                plus = self._losses(runtime, weights, batch, stream, self.sigma)
-                minus = self._losses(runtime, weights, batch, stream, -self.sigma)
+                plus = self._losses(runtime.losses, weights, batch, stream, self.sigma)
+                minus = self._losses(runtime.losses, weights, batch, stream, -self.sigma)
                 loss = float((plus + minus).mean() / 2)
                 return Measurement((plus - minus) / (2 * self.sigma), loss, self.forward_passes)
             base = _finite(runtime.loss(weights, batch))
-            plus = self._losses(runtime, weights, batch, stream, self.sigma)
+            plus = self._losses(runtime.losses, weights, batch, stream, self.sigma)
         return Measurement((plus - base) / self.sigma, base, self.forward_passes)
+
+    def example_slopes(
+        self, runtime: Runtime, weights: NDArray[np.float32], batch: Batch, stream: Stream
+    ) -> Measurement:
+        """Slopes (B, K) of each sample's own loss: row i is what a batch of sample i alone would give.
+
+        Their mean over i is ``slopes``, to rounding. None of it may leave the device but what is clipped,
+        summed and noised. Raises what ``slopes`` raises, and ConfigError for a runtime that cannot tell
+        samples apart and for ``tangent``. Cost: ``forward_passes`` forward passes; memory: 3·K·B floats.
+        """
+        if self.scheme == "tangent":
+            raise ConfigError("slopes of examples are differences: use the scheme forward or central")
+        if not isinstance(runtime, ExampleRuntime):
+            raise ConfigError(
+                f"{type(runtime).__name__} cannot tell the samples of a batch apart, as the privacy of an "
+                "example needs it"
+            )
+        runtime.check_sigma(self.sigma)
+        measure = runtime.example_losses
+        with runtime.holding(batch) if isinstance(runtime, HoldingRuntime) else nullcontext():
+            if self.scheme == "central":
+                plus = self._losses(measure, weights, batch, stream, self.sigma)
+                minus = self._losses(measure, weights, batch, stream, -self.sigma)
+                loss = float((plus + minus).mean() / 2)
+                return Measurement((plus - minus).T / (2 * self.sigma), loss, self.forward_passes)
+            base = measure(weights, batch, stream, self.perturbation, range(1), 0.0)[0]
+            loss = _finite(float(base.mean()))
+            plus = self._losses(measure, weights, batch, stream, self.sigma)
+        return Measurement((plus - base).T / self.sigma, loss, self.forward_passes)
 
     def _tangent(
         self, runtime: Runtime, weights: NDArray[np.float32], batch: Batch, stream: Stream
@@ -126,18 +155,20 @@ class SteinEstimator:
 
     def _losses(
         self,
-        runtime: Runtime,
+        measure: Callable[..., NDArray[np.float64]],
         weights: NDArray[np.float32],
         batch: Batch,
         stream: Stream,
         scale: float,
     ) -> NDArray[np.float64]:
-        losses = runtime.losses(weights, batch, stream, self.perturbation, range(self.directions), scale)
-        bad = np.flatnonzero(~np.isfinite(losses))
+        """Losses (K,), or (K, B) of examples."""
+        losses = measure(weights, batch, stream, self.perturbation, range(self.directions), scale)
+        bad = np.argwhere(~np.isfinite(losses))
         if len(bad):
-            k = int(bad[0])
+            k = int(bad[0, 0])
             raise LossError(
-                f"the loss at direction {k} of round {stream.round} (scale {scale:+g}) is {losses[k]}: "
+                f"the loss at direction {k} of round {stream.round} (scale {scale:+g}) is "
+                f"{losses[tuple(bad[0])]}: "
                 "lower the learning rate or σ, or check the data"
             )
         return losses

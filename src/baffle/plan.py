@@ -7,14 +7,12 @@ the body. Decoding is total: bytes that are no message of this version raise Mes
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +21,7 @@ from baffle.errors import ConfigError, MessageError
 from baffle.estimator import SCHEMES, SteinEstimator
 from baffle.perturbations import Layout, perturbation_from_spec
 from baffle.stream import SEED_BYTES, Stream
-
-MAGIC = b"BFFL"
-VERSION = 1
-DIGEST_BYTES = 32
+from baffle.wire import DIGEST_BYTES, Reader, check_row, check_u64, choice, decoding, header
 
 Fidelity = Literal["forward-only", "law", "backprop"]
 FIDELITIES: tuple[Fidelity, ...] = get_args(Fidelity)
@@ -42,77 +37,6 @@ def weights_digest(weights: NDArray[np.float32], layout: Layout, frozen_digest: 
         h.update(struct.pack("<I", len(data)) + data + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
     h.update(np.ascontiguousarray(weights, dtype="<f4").data)
     return h.digest()
-
-
-class _Reader:
-    def __init__(self, data: bytes, kind: int) -> None:
-        header = MAGIC + bytes([VERSION, kind])
-        if data[:4] != MAGIC:
-            raise MessageError("these bytes are no BAFFLE message")
-        if data[:6] != header[: len(data[:6])] or len(data) < 6:
-            raise MessageError(f"expected a message of version {VERSION}, kind {kind}, not {list(data[4:6])}")
-        self.data, self.at = data, 6
-
-    def take(self, size: int) -> bytes:
-        if self.at + size > len(self.data):
-            raise MessageError(f"message cut short at byte {len(self.data)}")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def unpack(self, form: str) -> tuple[Any, ...]:
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
-
-    def integer(self, form: str) -> int:
-        return int(self.unpack(form)[0])
-
-    def real(self) -> float:
-        return float(self.unpack("d")[0])
-
-    def array(self, dtype: str, count: int) -> NDArray[Any]:
-        """A copy in this machine's byte order: in a message, numbers lie where they fall."""
-        form, start = np.dtype(dtype), self.at
-        if start + form.itemsize * count > len(self.data):
-            raise MessageError(f"message cut short at byte {len(self.data)}")
-        self.at += form.itemsize * count
-        return np.frombuffer(self.data, form, count, start).astype(form.newbyteorder("="))
-
-    def end(self) -> None:
-        if self.at != len(self.data):
-            raise MessageError(f"{len(self.data) - self.at} bytes too many behind the message")
-
-
-def _header(kind: int) -> bytes:
-    return MAGIC + bytes([VERSION, kind])
-
-
-T = TypeVar("T")
-
-
-def _choice(options: tuple[T, ...], index: int, what: str) -> T:
-    if index >= len(options):
-        raise MessageError(f"unknown {what} number {index}")
-    return options[index]
-
-
-def _check_row(values: NDArray[Any], what: str) -> None:
-    if values.ndim != 1 or not 1 <= len(values) < 1 << 32:
-        raise ConfigError(f"{what} is a row of at least 1 and fewer than 2^32 numbers, not {values.shape}")
-    if not np.isfinite(values).all():
-        raise ConfigError(f"{what} holds a number that is not finite")
-
-
-def _check_u64(value: int, least: int, what: str) -> None:
-    if not least <= value < 1 << 64:
-        raise ConfigError(f"{what} {value}: it lies in [{least}, 2^64)")
-
-
-@contextlib.contextmanager
-def _decoding(what: str) -> Iterator[None]:
-    """A message whose constructor refuses what was decoded is no message."""
-    try:
-        yield
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise MessageError(f"{what} that cannot be: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -189,7 +113,7 @@ class RoundPlan:
         spec = e.perturbation.spec.encode()
         return b"".join(
             (
-                _header(self.KIND),
+                header(self.KIND),
                 struct.pack("<Q", self.round),
                 self.seed,
                 struct.pack("<IdB", e.directions, e.sigma, SCHEMES.index(e.scheme)),
@@ -210,14 +134,14 @@ class RoundPlan:
 
     @classmethod
     def decode(cls, data: bytes) -> RoundPlan:
-        r = _Reader(data, cls.KIND)
-        with _decoding("a plan"):
+        r = Reader(data, cls.KIND)
+        with decoding("a plan"):
             round_ = r.integer("Q")
             seed = r.take(SEED_BYTES)
             directions, sigma, scheme = r.integer("I"), r.real(), r.integer("B")
             spec = r.take(r.integer("H")).decode("ascii")
             estimator = SteinEstimator(
-                directions, sigma, _choice(SCHEMES, scheme, "scheme"), perturbation_from_spec(spec)
+                directions, sigma, choice(SCHEMES, scheme, "scheme"), perturbation_from_spec(spec)
             )
             fidelity, batch_size = r.integer("B"), r.integer("I")
             digest = r.take(DIGEST_BYTES)
@@ -225,7 +149,7 @@ class RoundPlan:
             if epochs:
                 rate, optimizer, clip = r.real(), r.integer("B"), r.real()
                 local = LocalTraining(
-                    epochs, rate, _choice(LOCAL_OPTIMIZERS, optimizer, "local optimizer"), clip
+                    epochs, rate, choice(LOCAL_OPTIMIZERS, optimizer, "local optimizer"), clip
                 )
             r.end()
             plan = cls(
@@ -234,7 +158,7 @@ class RoundPlan:
                 estimator,
                 digest,
                 batch_size,
-                _choice(FIDELITIES, fidelity, "fidelity"),
+                choice(FIDELITIES, fidelity, "fidelity"),
                 local,
             )
         if plan.encode() != data:
@@ -250,16 +174,16 @@ class ModelMessage:
     KIND: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        _check_row(self.weights, "a model")
+        check_row(self.weights, "a model")
 
     def encode(self) -> bytes:
         body = np.ascontiguousarray(self.weights, dtype="<f4")
-        return b"".join((_header(self.KIND), struct.pack("<Q", len(body)), body.data))
+        return b"".join((header(self.KIND), struct.pack("<Q", len(body)), body.data))
 
     @classmethod
     def decode(cls, data: bytes) -> ModelMessage:
-        r = _Reader(data, cls.KIND)
-        with _decoding("a model"):
+        r = Reader(data, cls.KIND)
+        with decoding("a model"):
             values = r.array("<f4", r.integer("Q"))
             r.end()
             return cls(values)
@@ -279,21 +203,21 @@ class RoundResult:
     KIND: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        _check_u64(self.round, 0, "round")
-        _check_u64(self.samples, 1, "samples")
-        _check_row(self.values, "an answer")
+        check_u64(self.round, 0, "round")
+        check_u64(self.samples, 1, "samples")
+        check_row(self.values, "an answer")
         if len(self.plan_digest) != DIGEST_BYTES:
             raise ConfigError(f"a plan's digest is {DIGEST_BYTES} bytes, not {len(self.plan_digest)}")
 
     def encode(self) -> bytes:
         body = np.ascontiguousarray(self.values, dtype="<f4")
         head = struct.pack("<Q", self.round) + self.plan_digest + struct.pack("<QI", self.samples, len(body))
-        return b"".join((_header(self.KIND), head, body.data))
+        return b"".join((header(self.KIND), head, body.data))
 
     @classmethod
     def decode(cls, data: bytes) -> RoundResult:
-        r = _Reader(data, cls.KIND)
-        with _decoding("an answer"):
+        r = Reader(data, cls.KIND)
+        with decoding("an answer"):
             round_, digest, samples, count = r.unpack(f"Q{DIGEST_BYTES}sQI")
             values = r.array("<f4", count)
             r.end()
@@ -312,17 +236,17 @@ class RoundSum:
     KIND: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        _check_u64(self.round, 0, "round")
-        _check_row(self.values, "a sum")
+        check_u64(self.round, 0, "round")
+        check_row(self.values, "a sum")
 
     def encode(self) -> bytes:
         body = np.ascontiguousarray(self.values, dtype="<f8")
-        return _header(self.KIND) + struct.pack("<QI", self.round, len(body)) + body.tobytes()
+        return header(self.KIND) + struct.pack("<QI", self.round, len(body)) + body.tobytes()
 
     @classmethod
     def decode(cls, data: bytes) -> RoundSum:
-        r = _Reader(data, cls.KIND)
-        with _decoding("a sum"):
+        r = Reader(data, cls.KIND)
+        with decoding("a sum"):
             round_ = r.integer("Q")
             values = r.array("<f8", r.integer("I"))
             r.end()

@@ -106,3 +106,24 @@ class HoldingRuntime(Protocol):
     def holding(self, batch: Batch) -> AbstractContextManager[None]:
         """Inside, what does not depend on W is computed once for ``batch``, which nobody changes."""
         ...
+
+
+@runtime_checkable
+class ExampleRuntime(Protocol):
+    """A runtime that can tell the samples of a batch apart: for the privacy of an example."""
+
+    def example_losses(
+        self,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        stream: Stream,
+        perturbation: Perturbation,
+        directions: Sequence[int],
+        scale: float,
+    ) -> NDArray[np.float64]:
+        """Losses (len(directions), B) of each sample alone at W + scale·z_k.
+
+        Their means are ``losses``, to rounding. Raises ConfigError where a sample's loss depends on which
+        others are in the batch. Cost: one forward pass a direction.
+        """
+        ...

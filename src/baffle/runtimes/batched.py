@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from baffle.runtimes.objective import Directions, Objective
+from baffle.runtimes.objective import Directions, Objective, Reduce, mean
 from baffle.runtimes.onebyone import share
 
 # Below this many multiplications a forward pass, the CPU's time goes into starting operations. Measured on
@@ -98,8 +98,10 @@ def batched(
     scale: float,
     rows: Directions,
     chunk: int,
+    reduce: Reduce = mean,
 ) -> NDArray[np.float64]:
-    """Mean losses (len(directions),) at W + scale·z_k, ``chunk`` directions at a time.
+    """Mean losses (len(directions),) at W + scale·z_k, ``chunk`` directions at a time; (len(directions), B)
+    where ``reduce`` is ``each``.
 
     ``modules`` are copies of the part, one a thread, or the part's own alone. Results equal those of one by
     one up to the rounding of the arithmetic. On a CPU a direction's loss has the same bits in every chunk
@@ -110,17 +112,18 @@ def batched(
     """
 
     def worker(module: nn.Module) -> Callable[[range], None]:
-        mean = torch.func.vmap(lambda flat: objective.mean(objective.part.cast(flat), module))
+        losses = torch.func.vmap(lambda flat: reduce(objective.per_sample(objective.part.cast(flat), module)))
 
         def measure(places: range) -> None:
             chosen = [directions[i] for i in places]
             points = partial(torch.add, origin, alpha=scale)
-            out[places.start : places.stop] = in_chunks(lambda z: mean(points(z)), chosen, rows, chunk)
+            made = in_chunks(lambda z: losses(points(z)), chosen, rows, chunk, out.shape[1:])
+            out[places.start : places.stop] = made
 
         return measure
 
     objective = objective.contiguous()
-    out = np.empty(len(directions))
+    out = objective.room(len(directions), reduce)
     places = range(len(directions))
     if origin.device.type == "cpu":
         a_share = min(chunk, max(FEWEST, -(-len(directions) // len(modules))))
@@ -145,10 +148,14 @@ def quiet() -> Iterator[None]:
 
 
 def in_chunks(
-    measure: Callable[[Tensor], Tensor], directions: Sequence[int], rows: Directions, chunk: int
+    measure: Callable[[Tensor], Tensor],
+    directions: Sequence[int],
+    rows: Directions,
+    chunk: int,
+    shape: tuple[int, ...] = (),
 ) -> NDArray[np.float64]:
-    """``measure`` of the stacked z_k (m, n), which returns (m,), for all directions: (len(directions),)."""
-    out, at = np.empty(len(directions)), 0
+    """``measure`` of the stacked z_k (m, n), which returns (m, *shape), for all directions."""
+    out, at = np.empty((len(directions), *shape)), 0
     while at < len(directions):
         chosen = directions[at : at + chunk]
         z = rows(chosen)

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from baffle.perturbations import Gaussian, Layout, LowRank
+from baffle.runtimes.objective import Reduce, mean
 from baffle.stream import NUMPY, Arrays, Stream
 
 # Bytes that a chunk of directions may take. On a CPU near the size of its cache, elsewhere enough to fill it.
@@ -81,8 +82,10 @@ def shared_weight_losses(
     *,
     arrays: Arrays = NUMPY,
     budget: int | None = None,
+    reduce: Reduce = mean,
 ) -> NDArray[np.float64] | None:
-    """Mean losses (len(directions),) at W + scale·z_k; None where it cannot be done.
+    """Mean losses (len(directions),) at W + scale·z_k, or (len(directions), B) where ``reduce`` is ``each``;
+    None where it cannot be done.
 
     ``per_sample(tensors)`` runs the model with ``tensors`` (in the layout's order) for its trainable ones
     and returns the losses (B,) of the batch; it must not keep what it is given. ``origin`` is W, tensor by
@@ -110,9 +113,9 @@ def shared_weight_losses(
             for t, w, (a, b) in zip(stand_ins, origin, parts, strict=True)
         }
         with _Substitution(moved, widest):
-            return per_sample(stand_ins).double().mean()
+            return reduce(per_sample(stand_ins))
 
-    out = np.empty(len(directions))
+    out: list[NDArray[np.float64]] = []
     at = 0
     while at < len(directions):
         width = max(1, budget // widest.bytes) if at else _FIRST
@@ -123,9 +126,9 @@ def shared_weight_losses(
             losses = torch.vmap(loss)(numbers)
         except Exception:  # a refusal, or whatever user code raises on tensors of many directions
             return None
-        out[at : at + width] = losses.cpu().numpy()
+        out.append(losses.cpu().numpy())
         at += width
-    return out
+    return np.concatenate(out) if out else np.empty(0)
 
 
 class _Widest:

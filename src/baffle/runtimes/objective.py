@@ -1,4 +1,4 @@
-"""The mean loss of one batch as a function of flat weights: what every way through directions measures."""
+"""The loss of one batch as a function of flat weights: what every way through directions measures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -14,7 +16,18 @@ from baffle.errors import ConfigError
 from baffle.perturbations import Layout
 
 Loss = Callable[[Any, Tensor], Tensor]
+Reduce = Callable[[Tensor], Tensor]  # per-sample losses (B,) → what is kept of them, float64
 Directions = Callable[[Sequence[int]], list[Tensor]]  # numbers k → rows z_k (n,) in the wide type
+
+
+def mean(losses: Tensor) -> Tensor:
+    """The mean loss ()."""
+    return losses.double().mean()
+
+
+def each(losses: Tensor) -> Tensor:
+    """Every sample's loss, (B,)."""
+    return losses.double()
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,11 @@ class Objective:
 
     def mean(self, weights: Sequence[Tensor], module: nn.Module | None = None) -> Tensor:
         """The mean loss (), float64."""
-        return self.per_sample(weights, module).double().mean()
+        return mean(self.per_sample(weights, module))
+
+    def room(self, directions: int, reduce: Reduce) -> NDArray[np.float64]:
+        """For what is kept of so many directions: (directions,) means, or (directions, B)."""
+        return np.empty(directions if reduce is mean else (directions, len(self.targets)))
 
     def checked(self, outputs: Any) -> Tensor:
         """The loss function's (B,) of a module's outputs."""

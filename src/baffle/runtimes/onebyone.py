@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from baffle.runtimes.objective import Directions, Objective, Part
+from baffle.runtimes.objective import Directions, Objective, Part, Reduce, mean
 
 T = TypeVar("T")
 
@@ -123,20 +123,25 @@ def one_by_one(
     directions: Sequence[int],
     scale: float,
     rows: Directions,
+    reduce: Reduce = mean,
 ) -> NDArray[np.float64]:
-    """Mean losses (len(directions),) at W + scale·z_k, by functional calls where there are no replicas."""
-    out = np.empty(len(directions))
+    """Mean losses (len(directions),) at W + scale·z_k, by functional calls where there are no replicas.
+
+    (len(directions), B) where ``reduce`` is ``each``.
+    """
+    out = objective.room(len(directions), reduce)
 
     def by_replica(replica: Replica) -> Callable[[int], None]:
         def measure(i: int) -> None:
             (z,) = rows(directions[i : i + 1])
-            out[i] = float(replica.per_sample(origin, z, scale).double().mean())
+            out[i] = reduce(replica.per_sample(origin, z, scale)).numpy()
 
         return measure
 
     def by_call(i: int) -> None:
         (z,) = rows(directions[i : i + 1])
-        out[i] = float(objective.mean(objective.part.cast(torch.add(origin, z, alpha=scale))))
+        weights = objective.part.cast(torch.add(origin, z, alpha=scale))
+        out[i] = reduce(objective.per_sample(weights)).cpu().numpy()
 
     for replica in replicas:
         replica.enter(objective)

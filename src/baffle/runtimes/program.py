@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from baffle.kernels import winograd
-from baffle.runtimes.objective import Directions, Objective, Part
+from baffle.runtimes.objective import Directions, Objective, Part, Reduce, mean
 from baffle.runtimes.onebyone import has_hooks, share
 from baffle.runtimes.prefix import traced
 from baffle.runtimes.steps import Image, Memory, NoProgramError, Pass, Row, Steps, columns_of
@@ -171,9 +171,12 @@ def by_program(
     directions: Sequence[int],
     scale: float,
     rows: Directions,
+    reduce: Reduce = mean,
 ) -> NDArray[np.float64]:
-    """Mean losses (len(directions),) at W + scale·z_k, a worker for each memory."""
-    out = np.empty(len(directions))
+    """Mean losses (len(directions),) at W + scale·z_k, a worker for each memory; (len(directions), B) where
+    ``reduce`` is ``each``.
+    """
+    out = objective.room(len(directions), reduce)
     inputs = program.enter(objective)
 
     def worker(memory: Memory) -> Callable[[int], None]:
@@ -182,7 +185,7 @@ def by_program(
             flat = torch.from_numpy(memory.scratch("weights", len(origin))[: len(origin)])
             torch.add(origin, z, alpha=scale, out=flat)
             outputs = program.outputs(objective.part.cast(flat), inputs, memory)
-            out[i] = float(objective.checked(outputs).double().mean())
+            out[i] = reduce(objective.checked(outputs)).numpy()
 
         return measure
 

@@ -24,7 +24,7 @@ from baffle.kernels import available
 from baffle.perturbations import LowRank
 from baffle.runtimes.batched import FEWEST, MOST_ON_CPU, Survey, batched, chunk_for, pays, survey
 from baffle.runtimes.lowrank import shared_weight_losses
-from baffle.runtimes.objective import Directions, Objective, Part
+from baffle.runtimes.objective import Directions, Objective, Part, Reduce, mean
 from baffle.runtimes.onebyone import Replica, has_hooks, on_own_threads, one_by_one, verified
 from baffle.stream import Arrays, Stream
 
@@ -50,14 +50,23 @@ class Sweeps:
         self._batchable = True
 
     def losses(
-        self, objective: Objective, origin: Tensor, directions: Sequence[int], scale: float, rows: Directions
+        self,
+        objective: Objective,
+        origin: Tensor,
+        directions: Sequence[int],
+        scale: float,
+        rows: Directions,
+        reduce: Reduce = mean,
     ) -> NDArray[np.float64]:
-        """Mean losses (len(directions),) at W + scale·z_k. Cost: one forward pass a direction."""
+        """Mean losses (len(directions),) at W + scale·z_k. Cost: one forward pass a direction.
+
+        (len(directions), B) where ``reduce`` is ``each``: the same ways, without the mean at their end.
+        """
         program = self.program(objective, origin)
         if program is not None:
-            return self._by_program(program, objective, origin, directions, scale, rows)
+            return self._by_program(program, objective, origin, directions, scale, rows, reduce)
         if not directions:
-            return np.empty(0)
+            return objective.room(0, reduce)
         if self._batchable and not has_hooks(self._part.module):
             seen = self.survey(objective, origin)
             if pays(seen, self._device):
@@ -65,14 +74,14 @@ class Sweeps:
                     copies = self._workers(objective, origin, -(-len(directions) // FEWEST))
                     modules = [replica.module for replica in copies] or [self._part.module]
                     chunk = self.chunk(seen, MOST_ON_CPU)
-                    return batched(objective, modules, origin, directions, scale, rows, chunk)
+                    return batched(objective, modules, origin, directions, scale, rows, chunk, reduce)
                 except (ConfigError, torch.OutOfMemoryError):
                     raise
                 except Exception:  # vmap raises many types; whatever is truly wrong shows one by one too
-                    losses = self.one_by_one(objective, origin, directions, scale, rows)
+                    losses = self.one_by_one(objective, origin, directions, scale, rows, reduce)
                     self._batchable = False
                     return losses
-        return self.one_by_one(objective, origin, directions, scale, rows)
+        return self.one_by_one(objective, origin, directions, scale, rows, reduce)
 
     def low_rank_losses(
         self,
@@ -83,23 +92,40 @@ class Sweeps:
         directions: Sequence[int],
         scale: float,
         arrays: Arrays,
+        reduce: Reduce = mean,
     ) -> NDArray[np.float64] | None:
         """``losses`` along low-rank directions that are never made whole; None where that does not pay."""
+        if not directions:
+            return objective.room(0, reduce)
         if has_hooks(self._part.module):
             return None
         if self._device.type == "cpu" and self.survey(objective, origin).convolutions:
             return None  # docs/performance.md
         weights, layout = self._part.cast(origin), self._part.layout
         return shared_weight_losses(
-            objective.per_sample, weights, stream, perturbation, layout, directions, scale, arrays=arrays
+            objective.per_sample,
+            weights,
+            stream,
+            perturbation,
+            layout,
+            directions,
+            scale,
+            arrays=arrays,
+            reduce=reduce,
         )
 
     def one_by_one(
-        self, objective: Objective, origin: Tensor, directions: Sequence[int], scale: float, rows: Directions
+        self,
+        objective: Objective,
+        origin: Tensor,
+        directions: Sequence[int],
+        scale: float,
+        rows: Directions,
+        reduce: Reduce = mean,
     ) -> NDArray[np.float64]:
         """``losses`` by the module itself."""
         replicas = self._workers(objective, origin, len(directions))
-        return one_by_one(objective, replicas, origin, directions, scale, rows)
+        return one_by_one(objective, replicas, origin, directions, scale, rows, reduce)
 
     def survey(self, objective: Objective, origin: Tensor) -> Survey:
         """What a forward pass does; counted once for each shape of the inputs."""
@@ -138,6 +164,7 @@ class Sweeps:
         directions: Sequence[int],
         scale: float,
         rows: Directions,
+        reduce: Reduce,
     ) -> NDArray[np.float64]:
         from baffle.runtimes.program import by_program
         from baffle.runtimes.steps import Memory
@@ -145,7 +172,8 @@ class Sweeps:
         small = self.survey(objective, origin).multiplications < _WORTH_A_THREAD
         workers = 1 if small else min(torch.get_num_threads(), max(1, len(directions)))
         self._memories += [Memory() for _ in range(workers - len(self._memories))]
-        return by_program(program, self._memories[:workers], objective, origin, directions, scale, rows)
+        memories = self._memories[:workers]
+        return by_program(program, memories, objective, origin, directions, scale, rows, reduce)
 
     def _workers(self, objective: Objective, origin: Tensor, tasks: int) -> list[Replica]:
         """Replicas for as many tasks at once as torch may use threads; none where only the module itself

@@ -25,7 +25,7 @@ from baffle.perturbations import Layout, LowRank, Perturbation
 from baffle.runtimes import Batch
 from baffle.runtimes.arrays import TorchArrays
 from baffle.runtimes.batched import FEWEST
-from baffle.runtimes.objective import Directions, Loss, Objective, Part
+from baffle.runtimes.objective import Directions, Loss, Objective, Part, Reduce, each, mean
 from baffle.runtimes.prefix import split_frozen_prefix
 from baffle.runtimes.sweeps import Sweeps
 from baffle.runtimes.tangent import derivatives
@@ -104,6 +104,7 @@ class TorchRuntime:
         self._prefix_names = {} if self._prefix is None else self._names_in(self._prefix.before)
         self._sweeps = Sweeps(self._part, self.device, memory_budget)
         self._held: tuple[Batch, Objective] | None = None
+        self._apart = False  # not known before the first losses of examples
 
     @property
     def layout(self) -> Layout:
@@ -166,16 +167,89 @@ class TorchRuntime:
         directions: Sequence[int],
         scale: float,
     ) -> NDArray[np.float64]:
+        return self._losses(weights, batch, stream, perturbation, directions, scale, mean)
+
+    def example_losses(
+        self,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        stream: Stream,
+        perturbation: Perturbation,
+        directions: Sequence[int],
+        scale: float,
+    ) -> NDArray[np.float64]:
+        """Losses (len(directions), B) of each sample alone: as quick as ``losses``, by the same ways.
+
+        Raises ConfigError for a module that mixes the samples of a batch: one with batch norm that has no
+        running statistics, or one that is caught at it. The first batch of two or more costs three forward
+        passes for that.
+        """
+        self._check_apart(weights, batch)
+        return self._losses(weights, batch, stream, perturbation, directions, scale, each)
+
+    def _losses(
+        self,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        stream: Stream,
+        perturbation: Perturbation,
+        directions: Sequence[int],
+        scale: float,
+        reduce: Reduce,
+    ) -> NDArray[np.float64]:
         with torch.inference_mode(), self._measuring():
             origin, objective = self._wide_tensor(weights), self._objective(batch)
             if isinstance(perturbation, LowRank):
                 losses = self._sweeps.low_rank_losses(
-                    objective, origin, stream, perturbation, directions, scale, self._arrays
+                    objective, origin, stream, perturbation, directions, scale, self._arrays, reduce
                 )
                 if losses is not None:
                     return losses
             rows = self._rows(stream, perturbation)
-            return self._sweeps.losses(objective, origin, list(directions), scale, rows)
+            return self._sweeps.losses(objective, origin, list(directions), scale, rows, reduce)
+
+    def _check_apart(self, weights: NDArray[np.float32], batch: Batch) -> None:
+        """Raises ConfigError where a sample's loss depends on the others of its batch.
+
+        Other samples are put in the place of one half, then of the other: the shapes stay, so do the kernels,
+        and the losses of the half that stayed must be the same but for what a library may do at random. A
+        kind of layer that is known to mix is refused by its name, since a frozen prefix may be cached.
+        """
+        if self._apart or len(batch.targets) < 2:
+            return
+        mixing = [
+            name
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is None
+        ]
+        if mixing:
+            raise ConfigError(
+                f"layer {mixing[0]!r} takes its statistics from the batch, so that no sample has a loss of "
+                "its own: use group norm, or batch norm with running statistics"
+            )
+        half = len(batch.targets) // 2
+        places = np.arange(len(batch.targets))
+        somewhere = (weights + 0.01 * np.cos(np.arange(len(weights)))).astype(np.float32)
+        whole = self._example_losses_at(somewhere, batch, places)
+        for kept, put in ((slice(0, half), half - 1), (slice(half, None), half)):
+            other = np.full_like(places, put)
+            other[kept] = places[kept]
+            again = self._example_losses_at(somewhere, batch, other)
+            if not np.allclose(again[kept], whole[kept], rtol=1e-6, atol=1e-6 * np.abs(whole).max()):
+                raise ConfigError(
+                    f"{type(self.module).__name__} mixes the samples of a batch, so that none has a loss of "
+                    "its own, as the privacy of an example needs it"
+                )
+        self._apart = bool((batch.inputs[half:] != batch.inputs[half - 1]).any())  # else nothing was put
+
+    def _example_losses_at(
+        self, weights: NDArray[np.float32], batch: Batch, places: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Losses (len(places),) of a batch made of those samples, by the module itself."""
+        chosen = Batch(batch.inputs[places], batch.targets[places], batch.prefixed)
+        with torch.inference_mode(), self._measuring():
+            values = self._part.cast(self._wide_tensor(weights))
+            return each(self._objective(chosen).per_sample(values)).cpu().numpy()
 
     def derivatives(
         self,
