@@ -24,10 +24,10 @@ ROWS = """
     errors environment
     stream wire fixedpoint config law optimizers runtimes.prefix models._layers data.files data.partition
     secagg.primitives secagg.sharing
-    kernels privacy
-    kernels.directions kernels.simd
-    kernels.winograd
-    kernels.layers
+    kernels privacy secagg secagg.parameters
+    kernels.directions kernels.simd secagg.session
+    kernels.winograd secagg.messages
+    kernels.layers secagg.client secagg.server
     perturbations models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
     runtimes runtimes.objective runtimes.arrays models data.pickles data.picture
     runtimes.onebyone runtimes.lowrank
@@ -38,7 +38,7 @@ ROWS = """
     plan data.folders
     terms local vectors data.hub
     aggregation
-    client server data.sources
+    client server secure data.sources
     simulation checkpoint data
     runs job
     plots doctor

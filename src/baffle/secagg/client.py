@@ -9,14 +9,15 @@ vector of client i in round r is
     y_i = x_i + PRG(b_i) + Σ_{j > i} PRG(p_ij) − Σ_{j < i} PRG(p_ij)      in Z_2^m
 
 over its masking partners j that take part. b_i is fresh, and shared among its holders. p_ij comes from a root
-that both sides take from a chain of hashes which starts at their key agreement; the roots of one round are
+that both sides take from a chain of hashes, which starts at their key agreement; the roots of one round are
 sealed under a fresh ρ_i, and ρ_i is shared. If i answers, holders open b_i; if it does not, ρ_i, and with it
-the roots of that round alone: keys survive, so they need not be agreed on every round (docs/privacy.md has the
+the roots of that round alone. So keys survive, and are not agreed on every round (docs/privacy.md has the
 argument). A chain is turned after each round and forgets where it was.
 """
 
 from __future__ import annotations
 
+import hmac
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from baffle.errors import SecurityError
 from baffle.secagg.messages import (
     BUNDLE_BYTES,
+    TOKEN_BYTES,
     Deposit,
     Offer,
     Reader,
@@ -41,6 +43,7 @@ from baffle.secagg.messages import (
     share_tag,
     signed,
 )
+from baffle.secagg.parameters import quorum
 from baffle.secagg.primitives import (
     KEY_BYTES,
     SIGNATURE_BYTES,
@@ -52,7 +55,6 @@ from baffle.secagg.primitives import (
     open_sealed,
     random_bytes,
     seal,
-    verify,
 )
 from baffle.secagg.session import Flags, Policy, Roster, Settings, round_context, session_id
 from baffle.secagg.sharing import SECRET_BYTES, share
@@ -66,7 +68,7 @@ class _Opening:
     hash: bytes
     key: KeyPair
     present: Flags | None = None
-    choice: list[int] = field(default_factory=list)  # places of the holders; the first ones are partners too
+    choice: list[int] = field(default_factory=list)  # places of the holders
 
 
 @dataclass
@@ -74,16 +76,18 @@ class _Session:
     """A session that stands. Places count those present."""
 
     id: bytes
+    job: bytes
     settings: Settings
     first_round: int
-    members: int
-    present: Flags
+    colluders: int  # at most so many among the holders
+    count: int  # of those present
     place: int
-    keys: tuple[bytes, ...]  # identities, by place
     holders: list[int]  # of this client's shares, ascending
     owners: list[int]  # whose shares this client holds, ascending
     to_holder: list[bytes]  # channel keys
     from_owner: list[bytes]
+    vouched: list[bytes]  # keys, one a holder, under which it says that this client is alive
+    vouching: list[bytes]  # the same, one an owner
     partners: list[int]  # with whom it masks, ascending
     chains: list[bytes]  # one a partner, at round ``turned``
     turned: int
@@ -107,7 +111,7 @@ class _Answered:
     context: bytes
     participants: Flags
     shares: list[bytes | None]  # by owner: b's and ρ's share, None where a bundle did not open
-    survivors: Flags | None = None  # the list that it signed
+    alive: Flags | None = None  # which of the owners that take part it said are alive
 
 
 class ClientSession:
@@ -122,7 +126,7 @@ class ClientSession:
         self.name, self.identity, self.roster, self.policy = name, identity, roster, policy
         if roster.keys[roster.place(name)] != identity.public:
             raise SecurityError(f"client {name}: the roster pins another key for this name")
-        self._last_number = -1
+        self.hides = 0  # the fewest honest clients in anything that this session can open
         self._opening: _Opening | None = None
         self._session: _Session | None = None
         self._secrets: _Secrets | None = None
@@ -131,20 +135,22 @@ class ClientSession:
     # -- a session ----------------------------------------------------------------------------------
 
     def advertise(self, request: bytes, binding: bytes) -> bytes:
-        """A one-time key, after the offer was held against the policy. ``binding``: hash of the sums' terms."""
+        """A one-time key, if the offer stands up to the policy. ``binding``: the hash of the sums' terms."""
         offer = Offer.decode(request, len(self.roster))
         if offer.roster != self.roster.digest:
             raise self._refusal("the server has another roster")
         if not offer.members[self.roster.place(self.name)]:
             raise self._refusal("it is no member of the session that it was offered")
-        if offer.number <= self._last_number:
-            raise self._refusal(f"session {offer.number} was offered after session {self._last_number}")
         members = int(offer.members.sum())
-        self.policy.check(offer.settings, members, members)
-        self._last_number = offer.number
+        self.hides = self.policy.check(offer.settings, members, members)
         self._session, self._secrets, self._answered = None, None, None
         self._opening = _Opening(offer, hash_of(b"offer", request, binding), KeyPair.generate())
         return signed(self.identity, self._opening.hash, "advertise", self._opening.key.public)
+
+    @property
+    def job(self) -> bytes:
+        """The job of the session that is being agreed on or stands. Raises SecurityError without one."""
+        return self._standing().job if self._opening is None else self._opening.offer.job
 
     def choose(self, request: bytes) -> bytes:
         """Where not everybody holds everybody's shares: this client's holders, drawn by itself."""
@@ -163,7 +169,7 @@ class ClientSession:
         return signed(self.identity, _session_id(opening, b""), "choose", body)
 
     def share(self, request: bytes) -> bytes:
-        """A deposit for the round that the request names; with the others' keys if the session is to begin."""
+        """A deposit for the round that the request names, which brings the others' keys the first time."""
         r = Reader(request)
         (round_,) = r.unpack("<Q")
         if self._session is None:
@@ -182,7 +188,7 @@ class ClientSession:
         if not present[mine]:
             raise self._refusal("it is said to be absent from a session that it takes part in")
         count = int(present.sum())
-        self.policy.check(opening.offer.settings, len(members), count)
+        self.hides = self.policy.check(opening.offer.settings, len(members), count)
         opening.present = present
         return int(present[:mine].sum()), count
 
@@ -197,7 +203,6 @@ class ClientSession:
             raise self._refusal("the list of those present has changed")
         here = [members[i] for i in places(present)]
         place, count = here.index(self.roster.place(self.name)), len(here)
-        keys = tuple(self.roster.keys[i] for i in here)
         if settings.full(count):
             adverts = r.blocks(count, KEY_BYTES + SIGNATURE_BYTES)
             id_ = _session_id(opening, b"".join(advert[:KEY_BYTES] for advert in adverts))
@@ -216,25 +221,27 @@ class ClientSession:
                 for i, advert in zip(opening.choice, adverts, strict=True)
             }
             # Who chose this client needs no signature: a made-up neighbour gets shares of nobody else's.
-            owners, masking = self._in_neighbours(r, place, count, known)
+            owners = self._in_neighbours(r, place, count, known)
             holders = sorted(opening.choice)
-            partners = sorted({*opening.choice[: settings.partners], *masking})
+            partners = sorted(known)
         r.end()
         if sum(known[i] == opening.key.public for i in known):
             raise self._refusal("its own key came back as another client's")
         agreed = {i: opening.key.agree(key) for i, key in known.items()}
         return _Session(
             id_,
+            offer.job,
             settings,
             offer.first_round,
-            len(members),
-            present,
+            self.policy.colluders(settings, len(members), count),
+            count,
             place,
-            keys,
             holders,
             owners,
             [derive(agreed[i], b"channel", id_, place, i) for i in holders],
             [derive(agreed[i], b"channel", id_, i, place) for i in owners],
+            [derive(agreed[i], b"alive", id_, place, i) for i in holders],
+            [derive(agreed[i], b"alive", id_, i, place) for i in owners],
             partners,
             [derive(agreed[i], b"chain", id_, min(i, place), max(i, place)) for i in partners],
             offer.first_round,
@@ -244,35 +251,36 @@ class ClientSession:
         name = self.roster.names[member]
         return opened(self.roster.keys[member], opening.hash, "advertise", advert, name)
 
-    def _in_neighbours(
-        self, r: Reader, place: int, count: int, known: dict[int, bytes]
-    ) -> tuple[list[int], list[int]]:
-        """Those that chose this client: all of them, and those that mask with it. Adds their keys."""
+    def _in_neighbours(self, r: Reader, place: int, count: int, known: dict[int, bytes]) -> list[int]:
+        """Those that chose this client, ascending. Adds their keys."""
         (length,) = r.unpack("<H")
-        owners, masking = [], []
+        owners: list[int] = []
         for _ in range(length):
-            other, masks = r.unpack("<HB")
+            (other,) = r.unpack("<H")
             key = r.take(KEY_BYTES)
-            if other >= count or other == place or (owners and other <= owners[-1]) or masks > 1:
+            if other >= count or other == place or (owners and other <= owners[-1]):
                 raise self._refusal("a list of neighbours that is not in order")
             if known.setdefault(other, key) != key:
                 raise self._refusal(f"two keys for client {other} of one session")
             owners.append(other)
-            if masks:
-                masking.append(other)
-        return owners, masking
+        return owners
 
     # -- a round ------------------------------------------------------------------------------------
 
-    def answer(self, request: bytes, binding: bytes, measure: Callable[[], NDArray[Any]]) -> bytes:
+    def answer(
+        self, request: bytes, number: int, binding: bytes, measure: Callable[[], NDArray[Any]]
+    ) -> bytes:
         """The masked vector, and the deposit for the next round of the session.
 
         ``measure`` gives the vector (residues, uint32 or uint64), and is called when nothing is left to
-        refuse. ``binding``: the hash of plan and terms that this client computed itself.
+        refuse. ``number`` and ``binding``: the plan's round, and the hash of plan and terms that this client
+        computed itself.
         """
         session, r = self._standing(), Reader(request)
         (round_,) = r.unpack("<Q")
-        participants = r.flags(len(session.keys))
+        if round_ != number:
+            raise self._refusal(f"a request of round {round_} came with the plan of round {number}")
+        participants = r.flags(session.count)
         self._check_round(session, round_, participants)
         owners = [i for i in session.owners if participants[i]]
         bundles = dict(zip(owners, r.blocks(len(owners), BUNDLE_BYTES), strict=True))
@@ -282,7 +290,7 @@ class ClientSession:
             for owner, key in zip(session.owners, session.from_owner, strict=True)
         ]
         broken = sum(held[n] is None for n, owner in enumerate(session.owners) if participants[owner])
-        if broken > self.policy.colluders(session.members):
+        if broken > session.colluders:
             raise self._refusal(
                 f"{broken} bundles of shares do not open: they were exchanged, replayed or made for another"
             )
@@ -304,34 +312,39 @@ class ClientSession:
         return signed(self.identity, context, "answer", ring_bytes(vector) + next_)
 
     def confirm(self, request: bytes) -> bytes:
-        """This client's signature under the list of survivors: one list a round."""
-        session, answered = self._standing(), self._pending()
-        r = Reader(request)
-        survivors = r.flags(len(session.keys))
+        """A token for each of its owners that is said to be alive: once a round."""
+        session, answered, r = self._standing(), self._pending(), Reader(request)
+        owners, alive = self._statuses(session, answered, r)
         r.end()
-        self._check_survivors(session, answered, survivors)
-        if not session.settings.consistency or answered.survivors is not None:
-            raise self._refusal("it was asked to sign a list of survivors twice, or in a session without")
-        answered.survivors = survivors
-        return signed(self.identity, answered.context, "confirm", bits(survivors))[-SIGNATURE_BYTES:]
+        if not session.settings.consistency or answered.alive is not None:
+            raise self._refusal("it was asked who is alive twice, or in a session without that stage")
+        answered.alive = alive
+        keys = dict(zip(session.owners, session.vouching, strict=True))
+        there = [owner for owner, flag in zip(owners, alive, strict=True) if flag]
+        body = b"".join(_token(keys[owner], answered.context) for owner in there)
+        return signed(self.identity, answered.context, "confirm", body)
 
     def unmask(self, request: bytes) -> bytes:
-        """One kind of share of every participant whose shares it holds: b's where it answered, else ρ's."""
-        session, answered = self._standing(), self._pending()
-        r = Reader(request)
-        survivors = r.flags(len(session.keys))
-        self._check_survivors(session, answered, survivors)
+        """One kind of share of every participant whose shares it holds: b's where it is alive, else ρ's."""
+        session, answered, r = self._standing(), self._pending(), Reader(request)
+        owners, alive = self._statuses(session, answered, r)
         if session.settings.consistency:
-            self._check_signatures(session, answered, survivors, r)
+            if answered.alive is None or not np.array_equal(alive, answered.alive):
+                raise self._refusal("others are said to be alive than those that it vouched for")
+            self._check_vouched(session, answered, r)
+        elif int(alive.sum()) + 1 < session.settings.threshold:
+            raise self._refusal(
+                f"a sum over {int(alive.sum()) + 1} clients: at least {session.settings.threshold}"
+            )
         r.end()
         self._answered = None  # from here on there is nothing more to open in this round
+        held = dict(zip(session.owners, answered.shares, strict=True))
         kinds = [
-            None if held is None else held[:SECRET_BYTES] if survivors[owner] else held[SECRET_BYTES:]
-            for owner, held in zip(session.owners, answered.shares, strict=True)
-            if answered.participants[owner]
+            None if shares is None else shares[:SECRET_BYTES] if there else shares[SECRET_BYTES:]
+            for shares, there in zip((held[owner] for owner in owners), alive, strict=True)
         ]
-        there = np.array([kind is not None for kind in kinds], bool)
-        body = bits(there) + b"".join(kind for kind in kinds if kind is not None)
+        opened_ = np.array([kind is not None for kind in kinds], bool)
+        body = bits(opened_) + b"".join(kind for kind in kinds if kind is not None)
         return signed(self.identity, answered.context, "unmask", body)
 
     # -- inside -------------------------------------------------------------------------------------
@@ -389,30 +402,22 @@ class ClientSession:
         if able < s.settings.threshold:
             raise self._refusal(f"{able} holders of its shares take part: {s.settings.threshold} are needed")
 
-    def _check_survivors(self, s: _Session, answered: _Answered, survivors: Flags) -> None:
-        if (survivors & ~answered.participants).any():
-            raise self._refusal("a client that did not take part is said to have survived")
-        if not survivors[s.place]:
-            raise self._refusal("it is said to have dropped out, and has answered")
-        least = max(self.policy.least, s.settings.least)
-        if int(survivors.sum()) < least:
-            raise self._refusal(f"a sum over {int(survivors.sum())} clients: at least {least}")
-        if answered.survivors is not None and not np.array_equal(survivors, answered.survivors):
-            raise self._refusal("another list of survivors than the one that it signed")
+    def _statuses(self, s: _Session, answered: _Answered, r: Reader) -> tuple[list[int], Flags]:
+        """Its owners that take part, and which of them are said to be alive."""
+        owners = [i for i in s.owners if answered.participants[i]]
+        return owners, r.flags(len(owners))
 
-    def _check_signatures(self, s: _Session, answered: _Answered, survivors: Flags, r: Reader) -> None:
-        if answered.survivors is None:
-            raise self._refusal("it was asked to unmask before the survivors were confirmed")
-        signers = places(r.flags(len(s.keys)))
-        signatures = r.blocks(len(signers), SIGNATURE_BYTES)
-        quorum = self.policy.quorum(s.members, len(s.keys))
-        message = hash_of(b"message", answered.context, b"confirm", bits(survivors))
-        good = 0
-        for place, signature in zip(signers, signatures, strict=True):
-            good += place == s.place or verify(s.keys[place], signature, message)
-            if good >= quorum:
-                return
-        raise self._refusal(f"{good} clients signed this list of survivors: {quorum} are needed")
+    def _check_vouched(self, s: _Session, answered: _Answered, r: Reader) -> None:
+        """That enough of its holders said that it is alive: those never open its pairwise roots."""
+        told = places(r.flags(len(s.holders)))
+        tokens = r.blocks(len(told), TOKEN_BYTES)
+        good = sum(
+            hmac.compare_digest(_token(s.vouched[i], answered.context), token)
+            for i, token in zip(told, tokens, strict=True)
+        )
+        needed = quorum(len(s.holders), s.colluders, s.settings.threshold)
+        if good < needed:
+            raise self._refusal(f"{good} of its holders said that it is alive: {needed} are needed")
 
     def _begun(self) -> _Opening:
         if self._opening is None:
@@ -431,6 +436,11 @@ class ClientSession:
 
     def _refusal(self, why: str) -> SecurityError:
         return SecurityError(f"client {self.name}: {why}")
+
+
+def _token(key: bytes, context: bytes) -> bytes:
+    """What a holder says when it says that a client is alive in the round of this context."""
+    return derive(key, context)[:TOKEN_BYTES]
 
 
 def _session_id(opening: _Opening, keys: bytes) -> bytes:

@@ -2,7 +2,8 @@
 
 A place is a client's number in the ascending order of the names of those that are present in the session.
 What goes up is ``body ‖ Ed25519 signature``, over the body, the stage and the context it was made in. What
-comes down is not signed: the server is the one that is not trusted, and a lie ends in masks that do not cancel.
+comes down is not signed: the server is the one that is not trusted, and its lies end in masks that do not
+cancel.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from baffle.secagg.session import Flags, Settings
 from baffle.secagg.sharing import SECRET_BYTES
 
 VERSION = 1
+TOKEN_BYTES = 16
 SHORT_TAG = 16  # of a share: enough that nobody finds another share to a given tag
 BUNDLE_BYTES = 2 * SECRET_BYTES + TAG_BYTES
-_OFFER = "<BQQHHHBII"
+_OFFER = "<BQHHBII"
 
 
 class Reader:
@@ -75,7 +77,7 @@ def signed(identity: Identity, context: bytes, stage: str, body: bytes) -> bytes
 
 
 def opened(public: bytes, context: bytes, stage: str, message: bytes, name: str) -> bytes:
-    """The body of a signed message. Raises SecurityError where the signature is not ``name``'s in this context."""
+    """The body of a signed message. Raises SecurityError where ``name`` did not sign it in this context."""
     if len(message) < SIGNATURE_BYTES:
         raise MessageError(f"client {name}: a message of stage {stage!r} without its signature")
     body, signature = message[:-SIGNATURE_BYTES], message[-SIGNATURE_BYTES:]
@@ -92,7 +94,6 @@ class Offer:
     """advertise, down: the session that the server proposes."""
 
     job: bytes
-    number: int  # ascends from session to session of a job
     first_round: int
     settings: Settings
     roster: bytes  # its digest
@@ -103,10 +104,8 @@ class Offer:
         head = struct.pack(
             _OFFER,
             VERSION,
-            self.number,
             self.first_round,
             s.degree,
-            s.partners,
             s.threshold,
             s.consistency,
             s.least,
@@ -118,7 +117,7 @@ class Offer:
     def decode(cls, data: bytes, roster_size: int) -> Offer:
         r = Reader(data)
         job, roster = r.take(KEY_BYTES), r.take(KEY_BYTES)
-        version, number, first, degree, partners, threshold, consistency, least, rounds = r.unpack(_OFFER)
+        version, first, degree, threshold, consistency, least, rounds = r.unpack(_OFFER)
         if version != VERSION:
             raise MessageError(f"secure aggregation of version {version}, this is version {VERSION}")
         members = r.flags(roster_size)
@@ -126,27 +125,19 @@ class Offer:
         if consistency > 1:
             raise MessageError("an offer that is not in canonical form")
         try:
-            settings = Settings(degree, partners, threshold, bool(consistency), least, rounds)
+            settings = Settings(degree, threshold, bool(consistency), least, rounds)
         except ConfigError as error:
             raise MessageError(f"an offer that cannot be: {error}") from error
-        return cls(job, number, first, settings, roster, members)
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """share, down: one client that this one has to do with, and its one-time key."""
-
-    place: int
-    key: bytes
-    masks: bool  # whether the other one chose this one as a masking partner, too
+        return cls(job, first, settings, roster, members)
 
 
 @dataclass(frozen=True)
 class Deposit:
     """share and answer, up: what opens a client's masks of one round, should that be needed.
 
-    ``sealed`` are its pairwise roots under ρ; ``bundles`` the two shares of each holder, sealed for it; ``tags``
-    their hashes, by which the server knows a true share; ``commitment`` that of the self-mask's seed.
+    ``sealed`` are its pairwise roots under ρ; ``bundles`` the two shares of each holder, sealed for it;
+    ``tags`` their hashes, by which the server knows a true share; ``commitment`` that of the self-mask's
+    seed.
     """
 
     commitment: bytes
@@ -189,10 +180,6 @@ def bundle_context(session: bytes, round_: int, owner: int, holder: int) -> byte
 def roots_context(session: bytes, round_: int, owner: int) -> bytes:
     """The associated data of the sealed pairwise roots."""
     return hash_of(b"roots", session, round_, owner)
-
-
-def masked_size(length: int, ring_bits: int) -> int:
-    return length * (ring_bits // 8)
 
 
 def ring_dtype(ring_bits: int) -> np.dtype[Any]:

@@ -1,8 +1,8 @@
 """The server's half of secure aggregation: it relays, adds up, and takes off the masks of the sum.
 
-It is the party that is not trusted: nothing here protects anybody, all of that is in ``client``. What this half
-owes its user is to end in the right sum or in a named error: it checks every signature, every share against
-its tag, and every opened secret against what its owner committed to.
+It is the party that is not trusted: nothing here protects anybody, all of that is in ``client``. What this
+half owes its user is to end in the right sum or in a named error: it checks every signature, every share
+against its tag, and every opened secret against what its owner committed to.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from baffle.errors import AggregationError, MessageError, SecurityError
 from baffle.secagg.messages import (
     SHORT_TAG,
+    TOKEN_BYTES,
     Deposit,
     Offer,
     Reader,
@@ -36,7 +37,6 @@ from baffle.secagg.primitives import (
     hash_of,
     mask,
     open_sealed,
-    verify,
 )
 from baffle.secagg.session import Flags, Policy, Roster, Settings, round_context, session_id
 from baffle.secagg.sharing import SECRET_BYTES, reconstruct_many
@@ -59,7 +59,6 @@ class ServerSession:
         policy: Policy,
         *,
         job: bytes,
-        number: int,
         first_round: int,
         binding: bytes,
     ) -> None:
@@ -69,8 +68,9 @@ class ServerSession:
         policy.check(settings, len(members), len(members))
         self.roster, self.settings, self.policy = roster, settings, policy
         self.first_round, self.members = first_round, len(members)
+        self._offered = frozenset(members)
         self._member_places = places(flags)
-        self._offer = Offer(job, number, first_round, settings, roster.digest, flags).encode()
+        self._offer = Offer(job, first_round, settings, roster.digest, flags).encode()
         self._offer_hash = hash_of(b"offer", self._offer, binding)
         self._stage = ""
         self._adverts: dict[int, bytes] = {}  # by place in the roster
@@ -90,8 +90,11 @@ class ServerSession:
         return self.first_round + self.settings.rounds - 1
 
     def serves(self, round_: int, names: Sequence[str]) -> bool:
-        """Whether a round of these clients needs no new key agreement."""
-        return bool(self.holders) and round_ <= self.last_round and set(names) <= set(self.names)
+        """Whether a round of these clients needs no new key agreement.
+
+        Who was invited and did not come waits for the next session.
+        """
+        return bool(self.holders) and round_ <= self.last_round and self._offered.issuperset(names)
 
     # -- key agreement ------------------------------------------------------------------------------
 
@@ -134,16 +137,12 @@ class ServerSession:
         self._check_present(len(self._choices))
         self.holders = [sorted(self._choices.get(i, [])) for i in range(count)]
         self.owners = [[] for _ in range(count)]
-        pairs: list[set[int]] = [set() for _ in range(count)]
         for owner, choice in self._choices.items():
             for holder in choice:
                 self.owners[holder].append(owner)
-            for partner in choice[: self.settings.partners]:
-                pairs[owner].add(partner)
-                pairs[partner].add(owner)
         for owners in self.owners:
             owners.sort()
-        self.partners = [sorted(pair) for pair in pairs]
+        self.partners = [sorted({*a, *b}) for a, b in zip(self.holders, self.owners, strict=True)]
 
     def add(self, name: str, message: bytes) -> None:
         """Takes an answer of the key agreement."""
@@ -183,11 +182,7 @@ class ServerSession:
         if self._full:
             return b"".join((head, self.present, *self._advert))
         chosen = [self._advert[i] for i in self._choices[place]]
-        owners = [
-            struct.pack("<HB", i, place in self._choices[i][: self.settings.partners])
-            + self._advert[i][:KEY_BYTES]
-            for i in self.owners[place]
-        ]
+        owners = [struct.pack("<H", i) + self._advert[i][:KEY_BYTES] for i in self.owners[place]]
         return b"".join((head, self.present, *chosen, struct.pack("<H", len(owners)), *owners))
 
     def lacking(self, names: Sequence[str]) -> list[int]:
@@ -216,8 +211,8 @@ class ServerRound:
     """One round of a session: a masked sum, and the way to its opening.
 
     ``binding`` hashes plan and terms; ``ring_bits`` is 32 or 64. Use: for each of ``stages()``, ask, ``add``
-    what comes; then ``close``. Raises AggregationError where the round cannot end in the right sum; the session
-    goes on. Memory: one vector, and some kilobytes a client.
+    what comes; then ``close``. Raises AggregationError where the round cannot end in the right sum; the
+    session goes on. Memory: one vector, and some kilobytes a client.
     """
 
     def __init__(
@@ -231,11 +226,11 @@ class ServerRound:
         self._context = b""
         self._total: NDArray[Any] | None = None
         self._survivors: Flags = np.zeros(0, bool)
-        self._signatures: dict[int, bytes] = {}
+        self._tokens: dict[int, dict[int, bytes]] = {}  # owner → holder → its word that the owner is alive
+        self._quorum = 0
+        self._confirmed: set[int] = set()
         self._opened: set[int] = set()
-        self._shares: dict[
-            int, list[tuple[int, bytes]]
-        ] = {}  # owner → (point, share), of the kind that is due
+        self._shares: dict[int, list[tuple[int, bytes]]] = {}  # owner → (point, share) of the kind due
         self._false: dict[int, int] = {}  # owner → shares that were none
 
     # -- asking -------------------------------------------------------------------------------------
@@ -248,16 +243,20 @@ class ServerRound:
             self._stage = "share"
             yield "share", {s.names[i]: s.share_request(i, self.round) for i in lacking}
         self._take_part()
+        self._quorum = s.policy.quorum(s.settings, s.members, len(s.names))
         self._stage = "answer"
         yield "answer", self._answer_requests()
         self._check_survivors()
-        roll = bits(self._survivors)
+        alive = places(self._survivors)
+        statuses = {i: bits(self._survivors[self._owners_of(i)]) for i in alive}
         if s.settings.consistency:
             self._stage = "confirm"
-            yield "confirm", {s.names[i]: roll for i in places(self._survivors)}
-            roll += self._signed_roll()
+            yield "confirm", {s.names[i]: statuses[i] for i in alive}
+            # Whom too few vouch for would refuse to open anything: it is left alone, and counts as alive.
+            words = self._words()
+            statuses = {i: statuses[i] + words[i] for i in alive if i in words}
         self._stage = "unmask"
-        yield "unmask", {s.names[i]: roll for i in places(self._survivors)}
+        yield "unmask", {s.names[i]: request for i, request in statuses.items()}
         self._stage = ""
 
     def _take_part(self) -> None:
@@ -299,17 +298,23 @@ class ServerRound:
                 f"{s.settings.least} are needed: nothing was opened"
             )
 
-    def _signed_roll(self) -> bytes:
-        s = self.session
-        quorum = s.policy.quorum(s.members, len(s.names))
-        if len(self._signatures) < quorum:
+    def _owners_of(self, holder: int) -> list[int]:
+        return [i for i in self.session.owners[holder] if self._participants[i]]
+
+    def _words(self) -> dict[int, bytes]:
+        """What a client asks for before it opens anything: tokens of its holders, that it is alive."""
+        s, found = self.session, {}
+        for owner, tokens in self._tokens.items():
+            holders = s.holders[owner]
+            if len(tokens) >= self._quorum:
+                told = np.array([holder in tokens for holder in holders], bool)
+                found[owner] = bits(told) + b"".join(tokens[i] for i in holders if i in tokens)
+        if len(found) < s.settings.least:
             raise AggregationError(
-                f"round {self.round}: {len(self._signatures)} clients signed the list of survivors, "
-                f"{quorum} are needed: nothing was opened"
+                f"round {self.round}: {len(found)} clients have {self._quorum} holders that say they are "
+                f"alive, {s.settings.least} are needed: nothing was opened"
             )
-        signers = np.zeros(len(s.names), bool)
-        signers[list(self._signatures)] = True
-        return bits(signers) + b"".join(self._signatures[i] for i in places(signers))
+        return found
 
     # -- taking -------------------------------------------------------------------------------------
 
@@ -327,7 +332,7 @@ class ServerRound:
         if self._stage == "answer":
             self._add_answer(name, place, message)
         elif self._stage == "confirm":
-            self._add_signature(name, place, message)
+            self._add_tokens(name, place, message)
         elif self._stage == "unmask":
             self._add_shares(name, place, message)
         else:
@@ -359,18 +364,23 @@ class ServerRound:
             self._total += vector
         self._survivors[place] = True
 
-    def _add_signature(self, name: str, place: int, signature: bytes) -> None:
-        message = hash_of(b"message", self._context, b"confirm", bits(self._survivors))
-        if not self._survivors[place] or not verify(self.session.keys[place], signature, message):
-            raise SecurityError(f"client {name} did not sign this round's list of survivors")
-        self._signatures[place] = signature
+    def _add_tokens(self, name: str, place: int, message: bytes) -> None:
+        s, owners = self.session, [i for i in self._owners_of(place) if self._survivors[i]]
+        if not self._survivors[place] or place in self._confirmed:
+            raise SecurityError(f"client {name} is not asked who is alive, or has said it already")
+        r = Reader(opened(s.keys[place], self._context, "confirm", message, name))
+        tokens = r.blocks(len(owners), TOKEN_BYTES)
+        r.end()
+        self._confirmed.add(place)
+        for owner, token in zip(owners, tokens, strict=True):
+            self._tokens.setdefault(owner, {})[place] = token
 
     def _add_shares(self, name: str, place: int, message: bytes) -> None:
         s = self.session
         if not self._survivors[place] or place in self._opened:
             raise SecurityError(f"client {name} is not asked for shares, or sent them already")
         r = Reader(opened(s.keys[place], self._context, "unmask", message, name))
-        owners = [i for i in s.owners[place] if self._participants[i]]
+        owners = self._owners_of(place)
         there = r.flags(len(owners))
         given = [owner for owner, flag in zip(owners, there, strict=True) if flag]
         shares = r.blocks(len(given), SECRET_BYTES)
@@ -448,5 +458,6 @@ class ServerRound:
 
     def _unopened(self, place: int, why: str) -> AggregationError:
         return AggregationError(
-            f"round {self.round}: the masks of client {self.session.names[place]} cannot be taken off: {why}; no sum is given"
+            f"round {self.round}: the masks of client {self.session.names[place]} cannot be taken off: "
+            f"{why}; no sum is given"
         )

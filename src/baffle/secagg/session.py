@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baffle.errors import ConfigError, SecurityError
+from baffle.secagg.parameters import SECURITY, colluders_among, hidden, part, quorum
 from baffle.secagg.primitives import KEY_BYTES, hash_of
 from baffle.secagg.sharing import MOST_HOLDERS
 
@@ -57,15 +58,13 @@ class Settings:
     """How a session protects. The server proposes them; each client holds them against its own Policy.
 
     degree       k, the holders of shares of one client's secrets; members − 1 or more: everybody
-    partners     how many of its holders a client also masks with; as ``degree`` for everybody
     threshold    t, the shares that open a secret
-    consistency  clients sign who survived before they open anything
+    consistency  clients sign who is alive before they open anything
     least        the fewest clients in a sum
     rounds       how many rounds one key agreement serves
     """
 
     degree: int
-    partners: int
     threshold: int
     consistency: bool = False
     least: int = 3
@@ -74,8 +73,6 @@ class Settings:
     def __post_init__(self) -> None:
         if not 2 <= self.threshold <= self.degree < MOST_CLIENTS:
             raise ConfigError(f"threshold {self.threshold} of {self.degree} holders: 2 ≤ t ≤ k is needed")
-        if not 1 <= self.partners <= self.degree:
-            raise ConfigError(f"{self.partners} masking partners among {self.degree} holders")
         if not 2 <= self.least < 1 << 32:
             raise ConfigError(f"a sum over {self.least} clients hides nobody: at least 2")
         if not 1 <= self.rounds < 1 << 32:
@@ -94,14 +91,13 @@ class Settings:
 class Policy:
     """What a client insists on, whatever the server proposes.
 
-    ``least`` clients in a sum; privacy against the server and a fraction ``corrupt`` of the members together,
-    but for a chance of ``security`` where holders are drawn at random. ``most_rounds`` a session may last.
+    At least ``least`` honest clients in anything that can be opened, against a server that lies and a
+    fraction ``corrupt`` of the members that help it; where holders are drawn, but for ``security``, a chance.
     """
 
     least: int = 3
     corrupt: float = 0.1
-    security: float = 2.0**-40
-    most_rounds: int = 1 << 20
+    security: float = SECURITY
 
     def __post_init__(self) -> None:
         if self.least < 2 or not 0.0 <= self.corrupt < 1.0 or not 0.0 < self.security < 1.0:
@@ -110,60 +106,42 @@ class Policy:
                 f"security {self.security} (in (0, 1))"
             )
 
-    def colluders(self, members: int) -> int:
-        """How many of so many members may collude with the server."""
-        return int(self.corrupt * members)
+    def colluders(self, settings: Settings, members: int, present: int) -> int:
+        """c: how many of a client's holders may collude with the server."""
+        corrupt = part(self.corrupt, members)
+        return colluders_among(settings.holders(present), present, corrupt, self.security)
 
-    def quorum(self, members: int, present: int) -> int:
-        """Signatures that two different lists of survivors cannot both get: (present + colluders)/2 exceeded."""
-        return (present + self.colluders(members)) // 2 + 1
+    def quorum(self, settings: Settings, members: int, present: int) -> int:
+        """q: of how many of its holders a client must hear before it opens anything."""
+        colluders = self.colluders(settings, members, present)
+        return quorum(settings.holders(present), colluders, settings.threshold)
 
-    def check(self, settings: Settings, members: int, present: int) -> None:
-        """Raises SecurityError where a session of these settings protects less than this policy."""
-        if settings.least < self.least or present < self.least:
-            raise SecurityError(
-                f"a sum over {min(settings.least, present)} clients was proposed, "
-                f"this client's policy asks for {self.least}"
-            )
-        if settings.rounds > self.most_rounds:
-            raise SecurityError(f"a session of {settings.rounds} rounds: at most {self.most_rounds} here")
-        holders, colluders = settings.holders(present), self.colluders(members)
+    def check(self, settings: Settings, members: int, present: int) -> int:
+        """The fewest honest clients in anything that can be opened.
+
+        Raises SecurityError where they are fewer than this policy's ``least``.
+        """
+        if present < max(settings.least, 3):
+            raise SecurityError(f"{present} clients: a sum needs at least {max(settings.least, 3)}")
+        holders = settings.holders(present)
         if holders > MOST_HOLDERS:
             raise SecurityError(f"{holders} holders of one secret: at most {MOST_HOLDERS} are possible")
         if settings.threshold > holders:
-            raise SecurityError(f"{present} clients are present: too few for {settings.threshold} shares")
-        if settings.full(present):
-            least = colluders + 1 if settings.consistency else (holders + colluders) // 2 + 1
-            if settings.threshold < least:
-                raise SecurityError(
-                    f"threshold {settings.threshold} of {holders} with {colluders} colluders: "
-                    f"this client's policy asks for {least}"
-                )
-            return
-        risk = exposure(
-            present - 1, colluders, holders, settings.threshold, consistency=settings.consistency
-        ) * (present - colluders)
-        if risk > self.security:
+            raise SecurityError(f"{present} clients: too few for {settings.threshold} shares")
+        corrupt = part(self.corrupt, members)
+        found = hidden(holders, present, corrupt, settings.threshold, settings.consistency, self.security)
+        if found < self.least:
+            stage = "with" if settings.consistency else "without"
             raise SecurityError(
-                f"threshold {settings.threshold} of {holders} among {present} clients, {colluders} of them "
-                f"colluding, fails with probability {risk:.1e}: this client's policy allows {self.security:.1e}"
+                f"threshold {settings.threshold} of {holders} holders {stage} consistency, {corrupt} of "
+                f"{present} clients colluding: {found} honest clients are sure to hide each other, this "
+                f"client's policy asks for {self.least}"
             )
-
-
-def exposure(others: int, corrupt: int, holders: int, threshold: int, *, consistency: bool) -> float:
-    import math
-
-    bad = threshold if consistency else 2 * threshold - holders
-    total = math.comb(others, holders)
-    ways = sum(
-        math.comb(corrupt, c) * math.comb(others - corrupt, holders - c)
-        for c in range(max(bad, 0), min(corrupt, holders) + 1)
-    )
-    return ways / total
+        return found
 
 
 def session_id(offer: bytes, present: bytes, keys: bytes) -> bytes:
-    """32 bytes that all keys of a session hang on. ``keys``: where everybody masks with everybody, all of them.
+    """32 bytes that all keys of a session hang on; ``keys``: all of them, where all mask with all.
 
     Elsewhere a pair's secret is bound to both of its keys by the key agreement itself.
     """

@@ -1,0 +1,306 @@
+"""Secure sums: an aggregator whose server learns the sum of a round and nothing else, and the client's half.
+
+    server = Server(..., aggregator=SecureSum(roster, terms, protection))
+    seal = SecureSeal(name, identity, roster, ledger=FileLedger(path))
+    client = Client(name, runtime, samples, seal=seal)
+
+``secagg`` has the protocol; here it meets plans, terms and the disk. ``docs/privacy.md`` says against whom
+this protects, and against whom not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from baffle.aggregation import ANSWER, Measure, Stage, Tally
+from baffle.errors import AggregationError, ConfigError, DataError, MessageError, SecurityError
+from baffle.plan import RoundPlan, RoundSum
+from baffle.secagg.client import ClientSession
+from baffle.secagg.parameters import find
+from baffle.secagg.primitives import KEY_BYTES, Identity, hash_of
+from baffle.secagg.server import ServerRound, ServerSession
+from baffle.secagg.session import Policy, Roster, Settings
+from baffle.terms import Terms
+
+_ADVERTISE = "advertise"
+
+
+@dataclass(frozen=True)
+class Protection:
+    """How secure sums are made; Settings are found for the number of clients at hand.
+
+    Private while at most a fraction ``corrupt`` of the clients collude with the server: at least ``least``
+    honest ones hide each other, whatever it does. A sum comes out while at most ``dropout`` of them vanish,
+    at any stage. ``rounds`` are served by one key agreement. ``consistency`` asks for the stage in which
+    clients say who is alive before they open anything, also where the counts do not need it.
+    """
+
+    corrupt: float = 0.1
+    dropout: float = 0.3
+    least: int = 3
+    rounds: int = 100
+    consistency: bool = False
+
+    def settings(self, members: int) -> Settings:
+        """Raises ConfigError where no threshold serves both fractions."""
+        found = find(members, self.corrupt, self.dropout, least=self.least, consistency=self.consistency)
+        return Settings(found.degree, found.threshold, found.consistency, self.least, self.rounds)
+
+    @property
+    def policy(self) -> Policy:
+        """What clients insist on that were told to be protected so."""
+        return Policy(self.least, self.corrupt)
+
+
+# -- the server's half ------------------------------------------------------------------------------
+
+
+class SecureSum:
+    """An ``Aggregator``: answers are masked, and add up to the bits of ``IntegerSum`` in the same terms.
+
+    ``job`` (32 bytes) names the job towards the clients' ledgers. Stages of a round: answer, unmask; before
+    them, where keys are due, advertise, (choose,) share; a client whose last answer was lost shares again.
+    Raises ConfigError for fewer members than the terms or the protection can serve.
+    """
+
+    def __init__(
+        self, roster: Roster, terms: Terms, protection: Protection | None = None, *, job: bytes = bytes(32)
+    ) -> None:
+        if len(job) != KEY_BYTES:
+            raise ConfigError(f"a job's name has {KEY_BYTES} bytes, not {len(job)}")
+        self.roster, self.terms, self.job = roster, terms, job
+        self.protection = protection or Protection()
+        self._session: ServerSession | None = None
+
+    def open(self, plan: RoundPlan, names: Sequence[str]) -> Tally:
+        self.terms.check_plan(plan)
+        if len(names) > self.terms.cohort:
+            raise ConfigError(
+                f"{len(names)} clients in a cohort: the terms have room for {self.terms.cohort}"
+            )
+        return _SecureTally(self, plan, names)
+
+    def session(self, plan: RoundPlan, names: Sequence[str]) -> tuple[ServerSession, bool]:
+        """The session that serves a round, and whether its keys are still to be agreed on."""
+        if self._session is not None and self._session.serves(plan.round, names):
+            return self._session, False
+        self._session = ServerSession(
+            self.roster,
+            names,
+            self.protection.settings(len(names)),
+            self.protection.policy,
+            job=self.job,
+            first_round=plan.round,
+            binding=self.terms.digest,
+        )
+        return self._session, True
+
+
+class _SecureTally:
+    def __init__(self, owner: SecureSum, plan: RoundPlan, names: Sequence[str]) -> None:
+        self._owner, self._plan, self._names = owner, plan, names
+        self._at: ServerSession | ServerRound | None = None
+
+    def stages(self) -> Iterator[Stage]:
+        session, new = self._owner.session(self._plan, self._names)
+        if new:
+            self._at = session
+            terms = self._owner.terms.encode()
+            head = struct.pack("<I", len(terms)) + terms
+            for stage, requests in session.stages():
+                if stage == _ADVERTISE:
+                    requests = {name: head + request for name, request in requests.items()}
+                yield Stage(stage, requests)
+        binding = binding_of(self._plan, self._owner.terms)
+        self._at = ServerRound(
+            session, self._plan.round, self._names, binding, self._owner.terms.fixed_point.ring_bits
+        )
+        yield from (Stage(*stage) for stage in self._at.stages())
+
+    def add(self, name: str, answer: bytes) -> None:
+        if self._at is None:
+            raise MessageError(f"client {name} answered where nothing was asked")
+        self._at.add(name, answer)
+
+    def close(self) -> RoundSum:
+        if not isinstance(self._at, ServerRound):
+            raise AggregationError(f"round {self._plan.round}: the stages did not run to their end")
+        residues, survivors = self._at.close()
+        return self._owner.terms.total(self._plan, residues, len(survivors))
+
+
+def binding_of(plan: RoundPlan, terms: Terms) -> bytes:
+    """What every mask of a round hangs on, beside its participants.
+
+    Round, seed, K, σ, scheme, perturbation, batch size and the weights' digest (the plan); fixed point, ring,
+    weights and privacy (the terms).
+    """
+    return hash_of(b"plan and terms", plan.digest, terms.digest)
+
+
+# -- the client's half ------------------------------------------------------------------------------
+
+
+class Ledger(Protocol):
+    """What a client has answered, ever."""
+
+    def record(self, job: bytes, round_: int, asked: bytes) -> None:
+        """Writes down, before an answer leaves, that it does.
+
+        Raises SecurityError for a round that is not above the job's last, and for ``asked`` (a hash of
+        weights, seed and round) that was answered before, in whatever job.
+        """
+        ...
+
+
+class MemoryLedger:
+    """A ledger that ends with its process: for simulations, where the clients do too."""
+
+    def __init__(self) -> None:
+        self._last: dict[bytes, int] = {}
+        self._asked: set[bytes] = set()
+
+    def record(self, job: bytes, round_: int, asked: bytes) -> None:
+        self.check(job, round_, asked)
+        self._last[job] = round_
+        self._asked.add(asked)
+
+    def check(self, job: bytes, round_: int, asked: bytes) -> None:
+        last = self._last.get(job, -1)
+        if round_ <= last:
+            raise SecurityError(f"round {round_} was asked for again: round {last} of this job is answered")
+        if asked in self._asked:
+            raise SecurityError(f"round {round_}: these weights and this seed were answered before")
+
+
+class FileLedger:
+    """A ledger on disk: one line an answer, synced before the answer leaves. One process at a time.
+
+    Raises DataError where the file cannot be read or written, is damaged, or is another process's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._known = path, MemoryLedger()
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            data = path.read_bytes()
+        except BlockingIOError as error:
+            raise DataError(f"{path}: another process uses this ledger") from error
+        except OSError as error:
+            raise DataError(f"cannot use the ledger {path}: {error.strerror}") from error
+        *lines, cut_short = data.split(b"\n")
+        for number, line in enumerate(lines):
+            self._read(number, line)
+        if cut_short:  # its answer had not left yet: a line is synced before
+            os.ftruncate(self._file, len(data) - len(cut_short))
+
+    def _read(self, number: int, line: bytes) -> None:
+        try:
+            job, round_, asked = line.decode("ascii").split(" ")
+            self._known.record(bytes.fromhex(job), int(round_), bytes.fromhex(asked))
+        except (ValueError, SecurityError) as error:
+            raise DataError(f"the ledger {self._path} is damaged at line {number + 1}") from error
+
+    def record(self, job: bytes, round_: int, asked: bytes) -> None:
+        self._known.check(job, round_, asked)
+        line = f"{job.hex()} {round_} {asked.hex()}\n".encode()
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError(0, "the disk is full")
+            os.fsync(self._file)
+        except OSError as error:
+            raise DataError(f"cannot write the ledger {self._path}: {error.strerror}") from error
+        self._known.record(job, round_, asked)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class SecureSeal:
+    """A client's half of SecureSum: it answers masked, or not at all.
+
+    ``policy`` is the client's own, as are ``least_noise`` (the smallest noise multiplier z that it accepts;
+    0: none is asked for) and ``ledger``. Raises SecurityError for whatever protects less.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        identity: Identity,
+        roster: Roster,
+        policy: Policy | None = None,
+        *,
+        ledger: Ledger | None = None,
+        least_noise: float = 0.0,
+    ) -> None:
+        self.name, self.policy, self.least_noise = name, policy or Policy(), least_noise
+        self._ledger = ledger or MemoryLedger()
+        self._session = ClientSession(name, identity, roster, self.policy)
+        self._terms: Terms | None = None
+
+    def reply(self, stage: str, request: bytes, plan: RoundPlan, measure: Measure) -> bytes:
+        """The answer to a stage's request.
+
+        Raises SecurityError and MessageError, and what ``measure`` raises.
+        """
+        if stage == _ADVERTISE:
+            return self._advertise(request, plan)
+        if stage == ANSWER:
+            return self._answer(request, plan, measure)
+        steps = {
+            "choose": self._session.choose,
+            "share": self._session.share,
+            "confirm": self._session.confirm,
+            "unmask": self._session.unmask,
+        }
+        if stage not in steps:
+            raise SecurityError(f"client {self.name}: there is no stage {stage!r} in a secure sum")
+        return steps[stage](request)
+
+    def _advertise(self, request: bytes, plan: RoundPlan) -> bytes:
+        if len(request) < 4:
+            raise MessageError("an offer of a session cut short")
+        (size,) = struct.unpack_from("<I", request)
+        terms = Terms.decode(request[4 : 4 + size])  # which refuses what can overflow
+        terms.check_plan(plan)
+        message = self._session.advertise(request[4 + size :], terms.digest)
+        self._check_noise(terms, self._session.hides)
+        self._terms = terms
+        return message
+
+    def _answer(self, request: bytes, plan: RoundPlan, measure: Measure) -> bytes:
+        if self._terms is None or not request:
+            raise SecurityError(f"client {self.name}: it was asked to answer in the clear")
+        terms = self._terms
+        self._check_noise(terms, self._session.hides)
+
+        def measured() -> NDArray[Any]:
+            vector = measure(terms)
+            asked = hash_of(b"asked", plan.weights_digest, plan.seed, plan.round)
+            self._ledger.record(self._session.job, plan.round, asked)
+            return vector
+
+        return self._session.answer(request, plan.round, binding_of(plan, terms), measured)
+
+    def _check_noise(self, terms: Terms, hides: int) -> None:
+        """The promised noise must be in whatever can be opened: each honest client adds a share of it."""
+        noise = terms.privacy.noise_multiplier if terms.privacy else 0.0
+        if noise < self.least_noise:
+            raise SecurityError(
+                f"client {self.name}: noise multiplier {noise} was proposed, at least {self.least_noise} is "
+                "asked for here"
+            )
+        if terms.privacy and terms.privacy.shares > hides:
+            raise SecurityError(
+                f"client {self.name}: the noise counts on {terms.privacy.shares} honest clients, and only "
+                f"{hides} are sure to be in a sum"
+            )
