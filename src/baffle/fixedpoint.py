@@ -5,7 +5,7 @@
 A sum in the ring is the exact sum of the integers as long as it stays inside ±(2^(m−1) − 1). The budget,
 in bits, of a weighted sum:
 
-    log2(addends) + log2(largest weight) + log2(limit) + f + 1  ≤  m
+    log2(addends) + log2(largest weight) + log2(limit) + f + 1  <  m
 
 `FixedPoint.check` holds a round to it, exactly and in integers, before anything is measured.
 """
