@@ -2,6 +2,7 @@
 
 A block between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md or docs/performance.md is
 made again from benchmarks/results/NAME.json (of `a:b`, from a.json), so that no figure is typed by hand.
+Blocks `leakage-...`, for docs/privacy.md, come from experiments/leakage/results and its tables.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,7 +20,13 @@ import bench
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "docs/results.md", "docs/performance.md", "docs/privacy.md")
+)
+LEAKAGE = ROOT / "experiments" / "leakage"
+
+sys.path.append(str(LEAKAGE))
+import tables  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -305,6 +313,14 @@ def packages(cell: Row) -> str:
     return "".join(f" {name} {versions[name]}." for name in ("numba", "onnxruntime") if name in versions)
 
 
+def leakage(make: Callable[[Row], tables.Table]) -> Callable[[Row], list[str]]:
+    def block(result: Row) -> list[str]:
+        heads, rows, note = make(result)
+        return [*table(heads, rows), "", f"{note} {machine({'machine': result['printed_on']})}"]
+
+    return block
+
+
 BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "demo": demo,
     "mnist-table": mnist_table,
@@ -320,6 +336,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "low-rank": low_rank,
     "mnist-speed": mnist_speed,
     "scale": scale,
+    **{name: leakage(make) for name, make in tables.TABLES.items()},
 }
 
 
@@ -350,7 +367,8 @@ def rendered(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
-        file = RESULTS / f"{name.split(':')[0]}.json"
+        folder = LEAKAGE / "results" if name in tables.TABLES else RESULTS
+        file = folder / f"{name.split(':')[0]}.json"
         lines = BLOCKS[name](json.loads(file.read_text())) if file.exists() else ["Not measured yet."]
         return "\n".join([f"<!-- {name} -->", *lines, f"<!-- /{name} -->"])
 
@@ -362,7 +380,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a block is stale")
     check = parser.parse_args().check
     stale = 0
-    for document in DOCUMENTS:
+    for document in (one for one in DOCUMENTS if one.exists()):
         text = document.read_text()
         if text != rendered(text):
             stale += 1
