@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from baffle.errors import ConfigError, PrecisionError
 from baffle.perturbations import Gaussian, LowRank, Perturbation, Rademacher
-from baffle.runtimes import Batch, Runtime, TangentRuntime
+from baffle.runtimes import Batch, ExampleRuntime, Runtime, TangentRuntime
 from baffle.stream import Stream, seed_from
 
 STREAM = Stream(seed_from(11), 5)
@@ -182,3 +182,71 @@ class TangentContract(abc.ABC):
         runtime = self.runtime()
         with pytest.raises(ConfigError):
             runtime.derivatives(runtime.weights()[:-1], self.batch(), STREAM, Gaussian(), range(2))
+
+
+class ExampleContract(abc.ABC):
+    """For runtimes with ``example_losses``: inherit beside RuntimeContract, whose methods it uses."""
+
+    rtol = RuntimeContract.rtol
+
+    @abc.abstractmethod
+    def runtime(self) -> Runtime: ...
+
+    @abc.abstractmethod
+    def batch(self) -> Batch: ...
+
+    def alone(self, i: int) -> Batch:
+        batch = self.batch()
+        return Batch(batch.inputs[i : i + 1], batch.targets[i : i + 1], batch.prefixed)
+
+    @pytest.mark.parametrize("kind", [Gaussian(), Rademacher(), LowRank(2)], ids=lambda kind: kind.spec)
+    @pytest.mark.parametrize("scale", [0.1, -0.1])
+    def test_losses_of_examples_are_those_of_batches_of_one(self, kind: Perturbation, scale: float):
+        runtime, batch = self.runtime(), self.batch()
+        assert isinstance(runtime, ExampleRuntime)
+        w = runtime.weights()
+        got = runtime.example_losses(w, batch, STREAM, kind, range(5), scale)
+        want = [
+            runtime.losses(w, self.alone(i), STREAM, kind, range(5), scale) for i in range(len(batch.targets))
+        ]
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, np.transpose(want), rtol=self.rtol, atol=self.rtol * np.max(want))
+        assert len(set(got.ravel().tolist())) == got.size
+
+    @pytest.mark.parametrize("kind", [Gaussian(), LowRank(2)], ids=lambda kind: kind.spec)
+    def test_their_mean_is_the_loss_of_the_batch(self, kind: Perturbation):
+        runtime, batch = self.runtime(), self.batch()
+        assert isinstance(runtime, ExampleRuntime)
+        w = runtime.weights()
+        got = runtime.example_losses(w, batch, STREAM, kind, range(5), 0.1)
+        want = runtime.losses(w, batch, STREAM, kind, range(5), 0.1)
+        np.testing.assert_allclose(got.mean(axis=1), want, rtol=self.rtol)
+        base = runtime.example_losses(w, batch, STREAM, kind, range(1), 0.0)
+        assert base.mean() == pytest.approx(runtime.loss(w, batch), rel=self.rtol)
+
+    def test_losses_of_examples_leave_all_as_it_was(self):
+        runtime, batch = self.runtime(), self.batch()
+        assert isinstance(runtime, ExampleRuntime)
+        w, digest = runtime.weights(), runtime.frozen_digest
+        kept = w.copy(), batch.inputs.copy(), batch.targets.copy()
+        before = runtime.losses(w, batch, STREAM, Gaussian(), range(3), 0.1)
+        first = runtime.example_losses(w, batch, STREAM, Gaussian(), [2, 0], 0.1)
+        again = runtime.example_losses(w, batch, STREAM, Gaussian(), range(3), 0.1)
+        assert first.tolist() == again[[2, 0]].tolist()
+        assert runtime.losses(w, batch, STREAM, Gaussian(), range(3), 0.1).tolist() == before.tolist()
+        for now, then in zip((w, batch.inputs, batch.targets), kept, strict=True):
+            np.testing.assert_array_equal(now, then)
+        assert runtime.frozen_digest == digest
+
+    def test_no_direction_is_no_loss_of_an_example(self):
+        runtime, batch = self.runtime(), self.batch()
+        assert isinstance(runtime, ExampleRuntime)
+        for kind in (Gaussian(), LowRank(2)):
+            got = runtime.example_losses(runtime.weights(), batch, STREAM, kind, [], 0.1)
+            assert got.shape == (0, len(batch.targets))
+
+    def test_losses_of_examples_at_weights_of_another_shape_are_refused(self):
+        runtime = self.runtime()
+        assert isinstance(runtime, ExampleRuntime)
+        with pytest.raises(ConfigError):
+            runtime.example_losses(runtime.weights()[:-1], self.batch(), STREAM, Gaussian(), range(2), 0.1)

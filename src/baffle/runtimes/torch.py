@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from baffle.errors import ConfigError, PrecisionError
+from baffle.errors import ConfigError, LossError, PrecisionError
 from baffle.perturbations import Layout, LowRank, Perturbation
 from baffle.runtimes import Batch
 from baffle.runtimes.arrays import TorchArrays
@@ -181,8 +181,8 @@ class TorchRuntime:
         """Losses (len(directions), B) of each sample alone: as quick as ``losses``, by the same ways.
 
         Raises ConfigError for a module that mixes the samples of a batch: one with batch norm that has no
-        running statistics, or one that is caught at it. The first batch of two or more costs three forward
-        passes for that.
+        running statistics, or one that is caught at it; LossError for losses that show nothing. The first
+        batch of two or more costs three forward passes for that.
         """
         self._check_apart(weights, batch)
         return self._losses(weights, batch, stream, perturbation, directions, scale, each)
@@ -231,6 +231,8 @@ class TorchRuntime:
         places = np.arange(len(batch.targets))
         somewhere = (weights + 0.01 * np.cos(np.arange(len(weights)))).astype(np.float32)
         whole = self._example_losses_at(somewhere, batch, places)
+        if not np.isfinite(whole).all():
+            raise LossError("the loss of a sample is not finite: check the data and the model")
         for kept, put in ((slice(0, half), half - 1), (slice(half, None), half)):
             other = np.full_like(places, put)
             other[kept] = places[kept]
