@@ -312,8 +312,8 @@ class Accountant:
     def epsilon(self, rounds: int, delta: float) -> float:
         """The smallest ε found for which ``rounds`` rounds together are (ε, δ)-private; 0 for no round.
 
-        An upper bound, about 1e-4 of itself too high at most; infinite where there is hardly any noise (ε beyond
-        1e5, or z < 0.01 with sampling). Cost: the first call of a process imports dp_accounting, a second or
+        An upper bound, about 1e-4 of itself too high; infinite where there is hardly any noise (ε beyond 1e5,
+        or z < 0.01 with sampling). Cost: the first call of a process imports dp_accounting, a second or
         two; then one composition a call, tenths of a second, whatever the number of rounds. The same call
         again is a look-up.
         """
