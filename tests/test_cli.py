@@ -432,7 +432,7 @@ def test_rounds_that_nobody_answered_survive_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("room", "culprit"), [(200_000, "checkpoint.safetensors"), (500, "metrics.jsonl|rounds.log|start")]
+    ("room", "culprit"), [(200_000, "checkpoint.safetensors"), (700, "metrics.jsonl|rounds.log|start")]
 )
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_still_loads(room, culprit, tmp_path):
     path = tmp_path / "run"

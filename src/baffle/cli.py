@@ -120,8 +120,17 @@ def _add_settings(command: argparse.ArgumentParser, names: set[str] | None = Non
         if names is not None and entry.name not in names:
             continue
         text = entry.metadata["help"]
-        if entry.default is not None:
+        if entry.default is not None and entry.default is not False:
             text += f" (default: {entry.default})"
+        if value_type(entry) is bool:
+            group.add_argument(
+                f"--{entry.name.replace('_', '-')}",
+                dest=entry.name,
+                default=argparse.SUPPRESS,
+                action=argparse.BooleanOptionalAction,
+                help=text.replace("%", "%%"),
+            )
+            continue
         group.add_argument(
             f"--{entry.name.replace('_', '-')}",
             *entry.metadata["flags"],
@@ -184,7 +193,22 @@ def _summary(run: RunFolder) -> str:
     return (
         f"{run.path}: test accuracy {last['test_accuracy']:.4f}, "
         f"moving average {last['ema_accuracy']:.4f} after {len(rows)} rounds ({how})"
+        f"{_spent(config, last)}"
     )
+
+
+def _spent(config: TrainConfig, last: dict[str, Any]) -> str:
+    """What privacy the run spent, and what that does not cover."""
+    if config.privacy is None:
+        return ""
+    from baffle.privacy import not_covered
+
+    unit = "each example" if config.privacy == "example" else "all that a client answered"
+    seen = (
+        "" if config.secure else ", towards whoever sees the sums; the server itself sees each client's share"
+    )
+    lines = "".join(f"\n  - {sentence}" for sentence in not_covered())
+    return f"\nε = {last['epsilon']:.3g} at δ = {config.delta:g} for {unit}{seen}. Not covered:{lines}"
 
 
 @contextmanager
@@ -231,7 +255,8 @@ def _display() -> Iterator[Callable[[Progress], None]]:
 def _figures(p: Progress) -> str:
     accuracy = "" if p.accuracy is None else f"acc {p.accuracy:.4f} ema {p.ema_accuracy:.4f} "
     rate = f"{p.forwards_per_second:,.0f} fwd/s " if p.forward_passes else ""
-    return f"loss {p.loss:.4f} {accuracy}{rate}up {_bytes(p.bytes_up)} down {_bytes(p.bytes_down)}"
+    spent = "" if p.epsilon is None else f"ε {p.epsilon:.3g} "
+    return f"loss {p.loss:.4f} {accuracy}{spent}{rate}up {_bytes(p.bytes_up)} down {_bytes(p.bytes_down)}"
 
 
 def _plain(p: Progress) -> str:
@@ -255,7 +280,20 @@ def _compare(options: argparse.Namespace) -> int:
 
     runs = [RunFolder.open(path) for path in options.runs]
     rows = [_comparison(run) for run in runs]
-    heads = ("run", "fidelity", "rounds", "accuracy", "EMA", "forward passes", "down", "up", "seconds")
+    heads: tuple[str, ...] = (
+        "run",
+        "fidelity",
+        "rounds",
+        "accuracy",
+        "EMA",
+        "forward passes",
+        "down",
+        "up",
+        "seconds",
+        "ε",
+    )
+    if all(row[-1] == "–" for row in rows):  # nobody spent any ε
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
     widths = [max(len(heads[i]), *(len(row[i]) for row in rows)) for i in range(len(heads))]
     for row in (heads, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -293,6 +331,7 @@ def _comparison(run: RunFolder) -> tuple[str, ...]:
         _bytes(sum(row["bytes_down"] for row in rows)),
         _bytes(sum(row["bytes_up"] for row in rows)),
         f"{rows[-1]['elapsed']:.0f}",
+        f"{last['epsilon']:.3g}" if last.get("epsilon") is not None else "–",
     )
 
 

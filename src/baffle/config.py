@@ -96,6 +96,30 @@ class TrainConfig:
     cohort: int | None = _setting(None, "clients drawn each round (default: all)")
     dropout: float = _setting(0.0, "chance that a client of the cohort vanishes mid-round")
 
+    secure: bool = _setting(False, "secure aggregation: the server learns the clients' sum and nothing else")
+    max_colluding: float = _setting(0.1, "secure: share of the clients that may help a lying server")
+    max_dropout: float = _setting(0.3, "secure or private: share of the clients that may vanish in a round")
+    session_rounds: int = _setting(100, "secure: rounds that one key agreement serves")
+    ring_bits: int = _setting(64, "secure or private: size of a masked number, 64 or 32 bits")
+    ring_limit: float = _setting(
+        1024.0, "secure: largest magnitude of a number that a client sends; larger ones saturate"
+    )
+    privacy: str | None = _setting(
+        None,
+        "differential privacy, of each example or of all that a client answers (default: none)",
+        choices=("example", "client"),
+    )
+    clip_norm: float | None = _setting(
+        None, "private: C, the largest L2 norm of an example's (a client's) whole vector of slopes"
+    )
+    noise_multiplier: float | None = _setting(
+        None, "private: z; the noise in a sum has standard deviation z·C"
+    )
+    target_epsilon: float | None = _setting(
+        None, "instead of the noise multiplier: the ε that all rounds together must not exceed"
+    )
+    delta: float = _setting(1e-5, "private: δ of the (ε, δ) that is shown")
+
     optimizer: str | None = _setting(
         None,
         "server optimizer: adam (batch-level default), radazo, sgd, momentum, average (epoch-level default)",
@@ -128,6 +152,7 @@ class TrainConfig:
         self._positive("clients", "rounds", "cohort", "directions", "forward_passes", "image_size")
         self._positive("evaluate_every", "checkpoint_every", "threads")
         self._positive("sigma", "learning_rate", "local_learning_rate", "epochs", "alpha")
+        self._positive("session_rounds", "ring_limit", "clip_norm", "noise_multiplier", "target_epsilon")
         for name in ("clip", "batch_size", "local_epochs"):
             if not 0 <= getattr(self, name) < _MOST:
                 self._refuse(name, "it lies in [0, 2^31)")
@@ -135,7 +160,7 @@ class TrainConfig:
             self._refuse("seed", "it lies in [0, 2^63)")
         if self.image_size is not None and self.image_size > _MOST_PIXELS:
             self._refuse("image_size", f"it is at most {_MOST_PIXELS}")
-        for name in ("ema", "dropout", "beta1", "beta2", "warmup"):
+        for name in ("ema", "dropout", "beta1", "beta2", "warmup", "max_colluding", "max_dropout", "delta"):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "it lies in [0, 1)")
         if self.rounds is not None and self.epochs is not None:
@@ -146,6 +171,22 @@ class TrainConfig:
             raise ConfigError(f"pretrained weights are for mobilenet-v2, not for {self.model}")
         if self.preset is not None and self.preset not in PRESETS:
             self._refuse("preset", f"choose one of {', '.join(PRESETS)}")
+        self._check_privacy()
+
+    def _check_privacy(self) -> None:
+        if self.ring_bits not in (32, 64):
+            self._refuse("ring_bits", "choose 32 or 64")
+        if self.privacy is None:
+            for name in ("clip_norm", "noise_multiplier", "target_epsilon"):
+                if getattr(self, name) is not None:
+                    self._refuse(name, "it goes with --privacy example or client")
+            return
+        if self.clip_norm is None:
+            raise ConfigError("privacy needs clip-norm: the largest L2 norm of one vector of slopes")
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ConfigError("privacy needs either noise-multiplier or target-epsilon")
+        if self.delta == 0:
+            self._refuse("delta", "it is positive")
 
     def _positive(self, *names: str) -> None:
         for name in names:
@@ -189,8 +230,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def value_type(entry: dataclasses.Field[Any]) -> type:
-    """int, float or str: the type of a setting that is set."""
-    return {"int": int, "float": float, "str": str}[str(entry.type).removesuffix(" | None")]
+    """bool, int, float or str: the type of a setting that is set."""
+    return {"bool": bool, "int": int, "float": float, "str": str}[str(entry.type).removesuffix(" | None")]
 
 
 def _checked(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,17 +16,24 @@ from numpy.typing import NDArray
 from torch import nn
 
 from baffle import data, models
+from baffle.aggregation import IntegerSum, Seal
 from baffle.client import Client, Samples
 from baffle.config import TrainConfig
 from baffle.errors import ConfigError
 from baffle.estimator import SteinEstimator
+from baffle.fixedpoint import FixedPoint
 from baffle.optimizers import RAdaZO
 from baffle.perturbations import perturbation_from_spec
 from baffle.plan import LocalTraining
+from baffle.privacy import Accountant, Privacy, Unit, calibrate
 from baffle.runtimes import Batch
 from baffle.runtimes.torch import TorchRuntime, cache_prefix
 from baffle.server import OptimizerFactory, SchedulerFactory, Server, averaging
 from baffle.simulation import Drops, random_drops
+from baffle.terms import Terms
+
+if TYPE_CHECKING:  # at run time, only where secure sums are asked for: they need cryptography
+    from baffle.secure import SecureSum
 
 _EVALUATION_BATCH = 500
 
@@ -41,6 +49,7 @@ class Job:
     test: list[Batch]
     rounds: int
     drops: Drops | None
+    accountant: Accountant | None = None
 
 
 def build(config: TrainConfig) -> Job:
@@ -60,12 +69,13 @@ def build(config: TrainConfig) -> Job:
     if runtime.has_frozen_prefix:  # a pass over all data: after what can be refused without it
         samples = cache_prefix(runtime, train)
         test_batches = [runtime.prefixed(batch) for batch in test_batches]
+    rounds = _rounds(config, len(train), len(names))
+    estimator = _estimator(config)
+    aggregator, seals, accountant = _protection(config, parts, names, rounds, estimator.directions)
     clients = [
-        Client(name, runtime, Subset(samples, part), seed=config.seed)
+        Client(name, runtime, Subset(samples, part), seed=config.seed, seal=seals.get(name))
         for name, part in zip(names, parts, strict=True)
     ]
-    rounds = _rounds(config, len(train), len(clients))
-    estimator = _estimator(config)
     local = None
     if config.local_epochs:
         local = LocalTraining(
@@ -85,10 +95,13 @@ def build(config: TrainConfig) -> Job:
         batch_size=config.batch_size,
         fidelity=config.fidelity,  # type: ignore[arg-type]  # checked by TrainConfig
         local=local,
+        aggregator=aggregator,
     )
+    if aggregator is not None:
+        aggregator.terms.check_plan(server.plan())
     server.cohort([client.name for client in clients], config.cohort)
     drops = random_drops(config.dropout, config.seed) if config.dropout else None
-    return Job(config, server, clients, runtime, test_batches, rounds, drops)
+    return Job(config, server, clients, runtime, test_batches, rounds, drops, accountant)
 
 
 @dataclass(frozen=True)
@@ -162,6 +175,79 @@ def _rounds(config: TrainConfig, samples: int, clients: int) -> int:
     cohort = config.cohort or clients
     a_round = cohort * config.batch_size if config.batch_size else samples * cohort / clients
     return math.ceil(config.epochs * math.ceil(samples / a_round))
+
+
+# -- protection -------------------------------------------------------------------------------------
+
+
+def _protection(
+    config: TrainConfig, parts: list[NDArray[np.int64]], names: list[str], rounds: int, directions: int
+) -> tuple[IntegerSum | SecureSum | None, dict[str, Seal], Accountant | None]:
+    """The aggregator and the clients' halves of it, as the config asks for; and who counts ε."""
+    if not config.secure and config.privacy is None:
+        return None, {}, None
+    cohort = min(config.cohort or len(names), len(names))
+    standing = cohort - int(config.max_dropout * cohort)  # answer at least
+
+    def terms_for(shares: int) -> tuple[Terms, Accountant | None]:
+        privacy = _privacy(config, sum(map(len, parts)), len(names), rounds, shares)
+        terms = _terms(config, cohort, max(map(len, parts)), privacy)
+        return terms, None if privacy is None else Accountant(privacy, terms.fixed_point, directions)
+
+    if not config.secure:
+        terms, accountant = terms_for(standing)
+        return IntegerSum(terms), {}, accountant
+    from baffle.secagg.primitives import Identity
+    from baffle.secagg.session import Roster
+    from baffle.secure import Protection, SecureSeal, SecureSum
+
+    # Where each round has another cohort, each has keys of its own.
+    session = 1 if config.cohort else config.session_rounds
+    protection = Protection(config.max_colluding, config.max_dropout, rounds=session)
+    settings, policy = protection.settings(cohort), protection.policy
+    terms, accountant = terms_for(
+        min(policy.check(settings, cohort, present) for present in (cohort, standing))
+    )
+    identities = {name: Identity.generate() for name in names}
+    roster = Roster({name: identity.public for name, identity in identities.items()})
+    least_noise = terms.privacy.noise_multiplier if terms.privacy else 0.0
+    seals: dict[str, Seal] = {
+        name: SecureSeal(name, identity, roster, policy, least_noise=least_noise)
+        for name, identity in identities.items()
+    }
+    return SecureSum(roster, terms, protection), seals, accountant
+
+
+def _privacy(config: TrainConfig, samples: int, clients: int, rounds: int, shares: int) -> Privacy | None:
+    if config.privacy is None or config.clip_norm is None:
+        return None
+    rate = 1.0
+    if config.privacy == "example":
+        rate = config.batch_size * clients / samples
+        if not 0 < rate <= 1:
+            raise ConfigError(
+                f"batch-size = {config.batch_size}: with privacy it is the number of examples that a client "
+                f"is expected to sample, above 0 and at most the {samples // clients} that it has"
+            )
+    noise = config.noise_multiplier
+    if noise is None:
+        noise = calibrate(float(config.target_epsilon or 0), config.delta, rounds, rate)
+    unit: Unit = "example" if config.privacy == "example" else "client"
+    return Privacy(unit, config.clip_norm, noise, rate, shares)
+
+
+def _terms(config: TrainConfig, cohort: int, largest: int, privacy: Privacy | None) -> Terms:
+    """With as many fraction bits as leave room for every sum, and for the noise."""
+    limit = config.ring_limit if privacy is None else privacy.clip
+    weight = 1 if config.privacy == "client" else largest
+    point = FixedPoint.fitting(cohort, weight, limit, config.ring_bits)
+    while True:
+        try:
+            return Terms(point, cohort, largest, privacy=privacy)
+        except ConfigError:
+            if privacy is None or point.fraction_bits <= 8:
+                raise
+            point = dataclasses.replace(point, fraction_bits=point.fraction_bits - 1)
 
 
 def _optimizer(config: TrainConfig) -> OptimizerFactory:

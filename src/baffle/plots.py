@@ -12,6 +12,7 @@ from baffle.errors import DataError, MissingExtraError
 from baffle.runs import RunFolder
 
 _AXES = (("rounds", "round"), ("forward passes", "forward_passes"), ("bytes, up and down", "bytes"))
+_SPENT = ("ε spent so far", "epsilon")
 
 
 def available() -> bool:
@@ -26,11 +27,12 @@ def label_of(folder: RunFolder) -> str:
         return f"{folder.path.name}: backprop"
     k = config.directions or (f"{config.forward_passes} passes" if config.forward_passes else 100)
     law = ", simulated by the law" if config.fidelity == "law" else ""
-    return f"{folder.path.name}: K = {k}{law}"
+    private = f", δ = {config.delta:g} for each {config.privacy}" if config.privacy else ""
+    return f"{folder.path.name}: K = {k}{law}{private}"
 
 
 def curves(folders: Sequence[RunFolder], target: Path) -> None:
-    """PNG: accuracy and loss on the test set against rounds, forward passes and bytes.
+    """PNG: accuracy and loss on the test set against rounds, forward passes, bytes and, where spent, ε.
 
     Dashed lines are the moving average of the weights. Raises DataError for a run without a look at the
     test set, MissingExtraError without matplotlib.
@@ -41,17 +43,18 @@ def curves(folders: Sequence[RunFolder], target: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    axes = (*_AXES, _SPENT) if any(folder.config().privacy for folder in folders) else _AXES
+    figure = Figure(figsize=(13 / 3 * len(axes), 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels: Any = figure.subplots(2, 3, sharey="row")
+    panels: Any = figure.subplots(2, len(axes), sharey="row")
     for number, folder in enumerate(folders):
         series, color = _series(folder), f"C{number}"
-        for column, (title, key) in enumerate(_AXES):
+        for column, (title, key) in enumerate(axes):
             for row, (plain, averaged) in enumerate(
                 (("test_accuracy", "ema_accuracy"), ("test_loss", "ema_loss"))
             ):
                 panel = panels[row][column]
-                if max(series[key]) == 0:  # backprop has no forward passes to count
+                if max(series[key]) == 0:  # backprop has no forward passes to count, most runs no ε
                     continue
                 panel.plot(series[key], series[plain], color=color, label=label_of(folder))
                 panel.plot(series[key], series[averaged], color=color, linestyle="--", linewidth=1)
@@ -73,7 +76,7 @@ def _series(folder: RunFolder) -> dict[str, list[float]]:
     rows = folder.metrics()
     passes = itertools.accumulate(row["forward_passes"] for row in rows)
     traffic = itertools.accumulate(row["bytes_up"] + row["bytes_down"] for row in rows)
-    series: dict[str, list[float]] = {"round": [], "forward_passes": [], "bytes": []}
+    series: dict[str, list[float]] = {"round": [], "forward_passes": [], "bytes": [], "epsilon": []}
     names = ("test_accuracy", "ema_accuracy", "test_loss", "ema_loss")
     series |= {name: [] for name in names}
     for row, p, b in zip(rows, passes, traffic, strict=True):
@@ -81,6 +84,7 @@ def _series(folder: RunFolder) -> dict[str, list[float]]:
             series["round"].append(row["round"] + 1)
             series["forward_passes"].append(p)
             series["bytes"].append(b)
+            series["epsilon"].append(row.get("epsilon") or 0.0)
             for name in names:
                 series[name].append(row[name] if row[name] is not None else float("nan"))
     if not series["round"]:

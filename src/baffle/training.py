@@ -38,6 +38,7 @@ class Progress:
     seconds_left: float
     forwards_per_second: float
     evaluated: bool  # this round looked at the test set
+    epsilon: float | None = None  # spent so far, at the config's δ; None without privacy
 
 
 def train(
@@ -106,6 +107,10 @@ def _rounds(job: Job, folder: RunFolder, report: Report, stop: Callable[[], bool
         done = record.round + 1
         looks = done % config.evaluate_every == 0 or done == job.rounds
         row = record.as_dict()
+        if job.accountant is not None:
+            row["rounds_asked"] = totals.asked + 1
+            if looks:
+                row["epsilon"] = job.accountant.epsilon(totals.asked + 1, config.delta)
         if looks:
             row |= _evaluate(job)
         row["elapsed"] = totals.elapsed + time.perf_counter() - started
@@ -113,7 +118,9 @@ def _rounds(job: Job, folder: RunFolder, report: Report, stop: Callable[[], bool
         if _has_log(config) and record.total is not None:
             folder.log.append(record.plan, record.total)
         stopping = stop()
-        if done % config.checkpoint_every == 0 or done == job.rounds or stopping:
+        # What protected clients have answered they do not answer again.
+        protected = config.secure or job.accountant is not None
+        if protected or done % config.checkpoint_every == 0 or done == job.rounds or stopping:
             folder.sync()
             save_checkpoint(folder.checkpoint, server)
         totals.add(row)
@@ -149,15 +156,21 @@ class _Totals:
         self.elapsed = 0.0
         self.accuracy: float | None = None
         self.ema_accuracy: float | None = None
+        self.epsilon: float | None = None
+        self.asked = 0  # rounds that spent some of ε
         for row in rows:
             self.add(row)
             self.elapsed = float(row["elapsed"])
+        if self.asked:
+            self.asked += 1  # the round that was interrupted may have been answered: it counts twice
         self._before = self.forward_passes
 
     def add(self, row: dict[str, Any]) -> None:
         self.forward_passes += row["forward_passes"]
         self.bytes_down += row["bytes_down"]
         self.bytes_up += row["bytes_up"]
+        self.asked = row.get("rounds_asked", self.asked)
+        self.epsilon = row.get("epsilon", self.epsilon)
         self.accuracy = row.get("test_accuracy", self.accuracy)
         self.ema_accuracy = row.get("ema_accuracy", self.ema_accuracy)
 
@@ -178,6 +191,7 @@ class _Totals:
             seconds_left=seconds / here * (rounds - done),
             forwards_per_second=(self.forward_passes - self._before) / seconds,
             evaluated=evaluated,
+            epsilon=self.epsilon,
         )
 
 
