@@ -11,9 +11,13 @@ with consistency             Who opens anything has heard from q = k + c − t +
                              k − q + c < t are left. So an answer whose self-mask is opened still has t − c
                              honest partners whose masks on it stay closed, and so has each of these: what
                              is opened is a sum over a set in which every honest member drew t − c others.
-without, all with all        Who opens anything was given a list of t survivors or more. So it gives away
-                             the roots of at most H − t + c of the H honest clients, and all together those
-                             of at most H(H − t + c)/(t − c); the others hide each other.
+without, all with all        Who opens anything was given a list of t survivors or more, out of p honest
+                             participants, of whom it gives away the roots of at most p − t + c. The server
+                             may tell clients of different participants, and only answers to one list hang
+                             together: g of them open alone once the roots of the other p − g are open, which
+                             takes t − c words each. Those g give g(p − t + c) at most, the other honest
+                             ones (H − g)(H − t + c): so (p − g)(t − c) is at most the sum of the two, where
+                             t − c < p ≤ H. The least such g is at p = t − c + 1 or p = H.
 
 The last two give ``hidden``: the fewest honest clients in anything that can be opened. Where holders are
 drawn, both c and ``hidden`` hold but for a chance that is chosen (2^-40), over the draws of honest clients.
@@ -85,7 +89,9 @@ def hidden(
     if left < 1 or 2 * threshold <= both or (not everybody and not consistency):
         return 0
     if everybody and not consistency:
-        return max(0, honest - honest * (honest - left) // left)
+        given = honest * (honest - left)  # words that open roots, where everybody takes part
+        fewest = -((given - left * (left + 1)) // (2 * left + 1 - honest))  # p = left + 1; p = H behind
+        return max(0, min(fewest, honest - given // left))
     if quorum(holders, colluders, threshold) > holders:
         return 0
     if everybody:
