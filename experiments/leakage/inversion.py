@@ -31,17 +31,17 @@ SMOOTH = (1e-1, 1e-2, 1e-3)  # weights of the total variation, chosen among on i
 class Scale:
     size: int  # pixels a side
     known: int  # the attacker's own images
-    clients: dict[int, int]  # examples of a client → clients attacked
+    cases: tuple[tuple[str, int, int], ...]  # network, examples of a client, clients attacked
     tuned: int  # clients that the attacker makes up to choose the prior's weight
     steps: int  # of gradient matching
     counts: tuple[int, ...]  # K
     noisy: int  # K of the row with differential privacy
     ranks: dict[int, int]  # examples of a client → principal axes a class
-    networks: tuple[str, ...] = ("mlp", "lenet")
 
 
-FULL = Scale(16, 20_000, {1: 12, 8: 4}, 4, 600, (100, 1000, 5000), 1000, {1: 256, 8: 100})
-QUICK = Scale(8, 400, {1: 2, 2: 2}, 1, 3, (80,), 80, {1: 64, 2: 4}, ("mlp",))
+FULL_CASES = (("mlp", 1, 8), ("mlp", 8, 4), ("lenet", 1, 8))
+FULL = Scale(16, 20_000, FULL_CASES, 4, 600, (100, 1000, 5000), 1000, {1: 256, 8: 100})
+QUICK = Scale(8, 400, (("mlp", 1, 2), ("mlp", 2, 2)), 1, 3, (80,), 80, {1: 64, 2: 4})
 
 
 def run(folder: Path | None, quick: bool) -> dict[str, Any]:
@@ -50,20 +50,19 @@ def run(folder: Path | None, quick: bool) -> dict[str, Any]:
     known, rest = disjoint(len(dataset), scale.known, len(dataset) - scale.known, seed=6)
     rows: list[dict[str, Any]] = []
     shown: dict[str, dict[str, Tensor]] = {}
-    for network in scale.networks:
+    for network, examples, clients in scale.cases:
         options = {"grid": scale.size} if network == "mlp" else {}
         module = models.build(network, 1, len(dataset.classes), seed=0, **options).eval()
-        for examples, clients in scale.clients.items():
-            case = Case(network, TorchRuntime(module), dataset, known, rest, examples, clients, scale)
-            found, pictures = attacked(case)
-            rows += found
-            shown[f"{network}, {examples}"] = pictures
-            print(f"{network}, {examples}: {time.perf_counter() - started:.0f} s", flush=True)
+        case = Case(network, TorchRuntime(module), dataset, known, rest, examples, clients, scale)
+        found, pictures = attacked(case)
+        rows += found
+        shown[f"{network}, {examples}"] = pictures
+        print(f"{network}, {examples}: {time.perf_counter() - started:.0f} s", flush=True)
     result = {
         "data": dataset.name,
         "pixels": scale.size**2,
         "sigma": SIGMA,
-        "clients": {str(examples): clients for examples, clients in scale.clients.items()},
+        "cases": scale.cases,
         "rows": rows,
         "seconds": round(time.perf_counter() - started),
     }
@@ -118,8 +117,9 @@ def attacked(case: Case) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     kinds += [(f"K = {count}", count, 0.0) for count in case.scale.counts]
     kinds.append((f"K = {case.scale.noisy}, z = 1", case.scale.noisy, 1.0))
     for name, count, noise in kinds:
-        uploads = [upload(case, group, count, noise, i) for i, group in enumerate(groups)]
-        trials = [upload(case, group, count, noise, 1000 + i) for i, group in enumerate(trial_groups)]
+        along = None if count is None else torch.from_numpy(directions(case.runtime, STREAM, count))
+        uploads = [upload(case, group, along, noise, i) for i, group in enumerate(groups)]
+        trials = [upload(case, group, along, noise, 1000 + i) for i, group in enumerate(trial_groups)]
 
         def matched(smooth: float, uploads: list[Upload], labels: Tensor) -> Tensor:
             return by_gradient(victim, uploads, labels, prior.means[labels], smooth, case.scale.steps)
@@ -146,18 +146,21 @@ def images_of(case: Case, groups: list[list[int]]) -> tuple[Tensor, Tensor]:
     return inputs.reshape(len(groups), case.examples, -1), labels.reshape(len(groups), -1)
 
 
-def upload(case: Case, group: list[int], count: int | None, noise: float, seed: int) -> Upload:
+def upload(case: Case, group: list[int], rows: Tensor | None, noise: float, seed: int) -> Upload:
     """A client's answer by forward passes; with ``noise`` its examples are clipped, and noise is added.
+
+    ``rows`` (K, n) are the directions; None for the exact gradient.
 
     The clip is the median length of the slopes of a few hundred of the attacker's images.
     """
     batch, runtime = case.dataset.batch(group), case.runtime
-    if count is None:
+    if rows is None:
         gradient = torch.from_numpy(runtime.gradient(runtime.weights(), batch)[0])
         return Upload(gradient, gradient, None, 1e-3 * float(gradient.square().mean().sqrt()))
-    rows = directions(runtime, STREAM, count)
+    count = len(rows)
     if noise:
-        lengths = np.linalg.norm(by_gradients(runtime, case.dataset.batch(case.known[:256]), rows), axis=1)
+        known = by_gradients(runtime, case.dataset.batch(case.known[:256]), rows.numpy())
+        lengths = np.linalg.norm(known, axis=1)
         clip = float(np.median(lengths))
         alone = np.stack([measured(runtime, case.dataset.batch([i]), STREAM, count) for i in group])
         rng = np.random.default_rng(seed)
@@ -169,7 +172,7 @@ def upload(case: Case, group: list[int], count: int | None, noise: float, seed: 
         whole = case.scale.ranks[case.examples] == case.scale.size**2
         deviation = (2e-3 if whole else 1e-2) * float(np.sqrt(np.mean(slopes**2)))
     gradient = torch.from_numpy(SteinEstimator(count).gradient(slopes, STREAM, runtime.layout))
-    return Upload(gradient, torch.from_numpy(slopes), torch.from_numpy(rows), deviation)
+    return Upload(gradient, torch.from_numpy(slopes), rows, deviation)
 
 
 def nearest_others(x: Tensor, y: Tensor, own: Tensor, own_labels: Tensor) -> Tensor:

@@ -168,13 +168,15 @@ def positive(
     return {
         "positive": {"K": count, "uploads": number, "auc": area, "auc_error": error},
         "named": {
-            "right": float(np.mean(distances.argmin(1) == np.arange(number))),
+            "right": int(np.sum(distances.argmin(1) == np.arange(number))),
             "candidates": len(of_targets),
         },
         # Forward differences beside the derivatives that all cells are made of.
         "agreement": {
             "whole": agreement(np.concatenate([mine, others]), np.concatenate([wanted, of_victims[:number]])),
-            "median": float(np.median([agreement(a, b) for a, b in zip(mine, wanted, strict=True)])),
+            "quartiles": np.quantile(
+                [agreement(a, b) for a, b in zip(mine, wanted, strict=True)], (0.25, 0.75)
+            ).tolist(),
         },
     }
 

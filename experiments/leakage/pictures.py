@@ -69,7 +69,11 @@ def figure5_picture(drawn: dict[str, dict[str, Floats]]) -> None:
         pairs = (
             (1e3 * real, 1e3 * noise, f"{network}: ΔL · 1000"),
             (real / real.std(), noise / noise.std(), "ΔL over its standard deviation"),
-            (found["score_real"], found["score_noise"], "log likelihood ratio, directions known"),
+            (
+                np.arcsinh(found["score_real"]),
+                np.arcsinh(found["score_noise"]),
+                "asinh of the log likelihood ratio",
+            ),
         )
         for axes, (one, other, title) in zip(row, pairs, strict=True):
             bins = np.histogram_bin_edges(np.concatenate([one, other]), 40).tolist()
@@ -77,6 +81,7 @@ def figure5_picture(drawn: dict[str, dict[str, Floats]]) -> None:
             axes.hist(other, bins, color=NOISE, alpha=0.6, label="noise")
             axes.set_title(title, fontsize=10, loc="left")
             axes.set_yticks([])
+            axes.locator_params(axis="x", nbins=6)
             _clean(axes)
     grid[0][0].legend(fontsize=8, frameon=False)
     figure.tight_layout()

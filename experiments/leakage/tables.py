@@ -53,13 +53,14 @@ def controls(result: Result) -> Table:
     rows: list[tuple[Any, ...]] = []
     for found in result["controls"]:
         positive, negative, network = found["positive"], found["negative"], found["network"]
-        agreement = found["agreement"]
+        agreement, named = found["agreement"], found["named"]
+        low, high = agreement["quartiles"]
         rows += [
             (
                 f"{network}: one example's raw upload",
                 positive["uploads"],
                 plus_minus((positive["auc"], positive["auc_error"]), 3),
-                f"{found['named']['right']:.0%} named among {found['named']['candidates']} candidates",
+                f"{named['right']} of {positive['uploads']} named among {named['candidates']}",
             ),
             (
                 f"{network}: one example's masked upload",
@@ -70,8 +71,8 @@ def controls(result: Result) -> Table:
             (
                 f"{network}: slopes by passes beside derivatives",
                 2 * positive["uploads"],
-                "",
-                f"relative distance {agreement['whole']:.1e}, median of an example {agreement['median']:.1e}",
+                "–",
+                f"relative distance {agreement['whole']:.1e}, quartiles {low:.1e} to {high:.1e}",
             ),
         ]
     most = result["controls"][0]["positive"]["K"]
@@ -88,9 +89,9 @@ def figure5(result: Result) -> Table:
                     f"{row['network']}: {words}",
                     plus_minus(found["ratio"], 2),
                     plus_minus(found["distance"], 3),
-                    f"{found['rejected']:.0%}",
+                    f"{found['rejected']} of {result['pairs']}",
                     plus_minus(found["shape_distance"], 3),
-                    f"{found['shape_rejected']:.0%}",
+                    f"{found['shape_rejected']} of {result['pairs']}",
                 )
             )
     heads = (
@@ -159,10 +160,10 @@ def inversion(result: Result) -> Table:
         "SSIM",
         "closer than any other client's image",
     )
-    clients = ", ".join(f"{count} of {examples}" for examples, count in result["clients"].items())
+    clients = ", ".join(f"{count} ({network}, {examples})" for network, examples, count in result["cases"])
     note = (
         f"{result['data']}, {result['pixels']} pixels, first weights, labels known. Clients attacked: "
-        f"{clients} examples; ± standard error over clients. {COMMAND.format('inversion')}"
+        f"{clients}; ± standard error over clients. {COMMAND.format('inversion')}"
     )
     return heads, rows, note
 
