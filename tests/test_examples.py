@@ -341,8 +341,8 @@ def test_an_answer_is_the_sum_of_clipped_slopes_of_the_chosen(silent, monkeypatc
     one = [samples.batch(np.array([i])) for i in np.flatnonzero(chosen)]
     measured = [plan.estimator.slopes(runtime, runtime.weights(), batch, plan.stream) for batch in one]
     slopes = np.array([m.slopes for m in measured])
-    assert 2 < np.linalg.norm(slopes, axis=1).max()
-    assert 2 > np.linalg.norm(slopes, axis=1).min()
+    assert np.linalg.norm(slopes, axis=1).max() > 2
+    assert np.linalg.norm(slopes, axis=1).min() < 2
     want = encode_clipped(slopes, 2.0, terms.fixed_point).sum(axis=0) / 2.0**terms.fixed_point.fraction_bits
     got = terms.fixed_point.decode(terms.fixed_point.integers(answer.residues))
     # Eleven differences of float32 losses around 1, divided by σ.

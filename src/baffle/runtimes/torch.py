@@ -199,13 +199,13 @@ class TorchRuntime:
     ) -> NDArray[np.float64]:
         with torch.inference_mode(), self._measuring():
             origin, objective = self._wide_tensor(weights), self._objective(batch)
-            if isinstance(perturbation, LowRank):
+            if isinstance(perturbation, LowRank) and scale:
                 losses = self._sweeps.low_rank_losses(
                     objective, origin, stream, perturbation, directions, scale, self._arrays, reduce
                 )
                 if losses is not None:
                     return losses
-            rows = self._rows(stream, perturbation)
+            rows = self._rows(stream, perturbation) if scale else _nowhere(origin)
             return self._sweeps.losses(objective, origin, list(directions), scale, rows, reduce)
 
     def _check_apart(self, weights: NDArray[np.float32], batch: Batch) -> None:
