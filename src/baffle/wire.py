@@ -17,16 +17,11 @@ VERSION = 1
 DIGEST_BYTES = 32
 
 
-class Reader:
-    """Takes a message of one kind apart from the front. Raises MessageError for what is none."""
+class Cursor:
+    """Takes bytes apart from the front. Raises MessageError where they end too soon, or do not end."""
 
-    def __init__(self, data: bytes, kind: int) -> None:
-        start = header(kind)
-        if data[:4] != MAGIC:
-            raise MessageError("these bytes are no BAFFLE message")
-        if data[:6] != start[: len(data[:6])] or len(data) < 6:
-            raise MessageError(f"expected a message of version {VERSION}, kind {kind}, not {list(data[4:6])}")
-        self.data, self.at = data, 6
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self.data, self.at = data, at
 
     def take(self, size: int) -> bytes:
         if self.at + size > len(self.data):
@@ -54,6 +49,18 @@ class Reader:
     def end(self) -> None:
         if self.at != len(self.data):
             raise MessageError(f"{len(self.data) - self.at} bytes too many behind the message")
+
+
+class Reader(Cursor):
+    """Takes a message of one kind apart. Raises MessageError for what is none."""
+
+    def __init__(self, data: bytes, kind: int) -> None:
+        start = header(kind)
+        if data[:4] != MAGIC:
+            raise MessageError("these bytes are no BAFFLE message")
+        if data[:6] != start[: len(data[:6])] or len(data) < 6:
+            raise MessageError(f"expected a message of version {VERSION}, kind {kind}, not {list(data[4:6])}")
+        super().__init__(data, 6)
 
 
 def header(kind: int) -> bytes:

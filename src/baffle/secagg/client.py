@@ -33,15 +33,16 @@ from baffle.secagg.messages import (
     Deposit,
     Offer,
     Reader,
+    advert,
+    advertised,
     bits,
-    bundle_context,
+    bundle_data,
     commitment_to,
-    opened,
+    deposit_context,
     places,
     ring_bytes,
-    roots_context,
     share_tag,
-    signed,
+    tagged,
 )
 from baffle.secagg.parameters import quorum
 from baffle.secagg.primitives import (
@@ -82,6 +83,7 @@ class _Session:
     colluders: int  # at most so many among the holders
     count: int  # of those present
     place: int
+    to_server: bytes  # key of the messages to it
     holders: list[int]  # of this client's shares, ascending
     owners: list[int]  # whose shares this client holds, ascending
     to_holder: list[bytes]  # channel keys
@@ -115,7 +117,7 @@ class _Answered:
 
 
 class ClientSession:
-    """One client's state machine. Every method takes the server's request and returns the signed answer.
+    """One client's state machine. Every method takes the server's request and returns the answer.
 
     Raises SecurityError for a request that a truthful server would not make, or that protects less than
     ``policy``, and MessageError for bytes that are none. Whatever was refused has revealed nothing; what has
@@ -145,7 +147,7 @@ class ClientSession:
         self.hides = self.policy.check(offer.settings, members, members)
         self._session, self._secrets, self._answered = None, None, None
         self._opening = _Opening(offer, hash_of(b"offer", request, binding), KeyPair.generate())
-        return signed(self.identity, self._opening.hash, "advertise", self._opening.key.public)
+        return advert(self.identity, self._opening.hash, self._opening.key.public)
 
     @property
     def job(self) -> bytes:
@@ -166,12 +168,13 @@ class ClientSession:
         others = [i for i in range(count) if i != place]
         opening.choice = secrets.SystemRandom().sample(others, opening.offer.settings.degree)
         body = np.array(opening.choice, "<u2").tobytes()
-        return signed(self.identity, _session_id(opening, b""), "choose", body)
+        id_ = _session_id(opening, b"")
+        return tagged(_server_key(opening, id_), id_, "choose", body)
 
     def share(self, request: bytes) -> bytes:
         """A deposit for the round that the request names, which brings the others' keys the first time."""
         r = Reader(request)
-        (round_,) = r.unpack("<Q")
+        (round_,) = r.unpack("Q")
         if self._session is None:
             self._session = self._establish(r)
             self._opening = None
@@ -179,7 +182,7 @@ class ClientSession:
             r.end()
         session, own = self._session, self._secrets
         deposit = own.deposit if own is not None and own.round == round_ else self._deposit(round_)
-        return signed(self.identity, hash_of(b"deposit", session.id, round_), "share", deposit)
+        return tagged(session.to_server, hash_of(session.id, round_), "share", deposit)
 
     def _admit(self, opening: _Opening, present: Flags) -> tuple[int, int]:
         """Takes the list of those present; returns this client's place in it, and its length."""
@@ -236,6 +239,7 @@ class ClientSession:
             self.policy.colluders(settings, len(members), count),
             count,
             place,
+            _server_key(opening, id_),
             holders,
             owners,
             [derive(agreed[i], b"channel", id_, place, i) for i in holders],
@@ -247,16 +251,15 @@ class ClientSession:
             offer.first_round,
         )
 
-    def _checked(self, opening: _Opening, member: int, advert: bytes) -> bytes:
-        name = self.roster.names[member]
-        return opened(self.roster.keys[member], opening.hash, "advertise", advert, name)
+    def _checked(self, opening: _Opening, member: int, message: bytes) -> bytes:
+        return advertised(self.roster.keys[member], opening.hash, message, self.roster.names[member])
 
     def _in_neighbours(self, r: Reader, place: int, count: int, known: dict[int, bytes]) -> list[int]:
         """Those that chose this client, ascending. Adds their keys."""
-        (length,) = r.unpack("<H")
+        (length,) = r.unpack("H")
         owners: list[int] = []
         for _ in range(length):
-            (other,) = r.unpack("<H")
+            (other,) = r.unpack("H")
             key = r.take(KEY_BYTES)
             if other >= count or other == place or (owners and other <= owners[-1]):
                 raise self._refusal("a list of neighbours that is not in order")
@@ -277,7 +280,7 @@ class ClientSession:
         computed itself.
         """
         session, r = self._standing(), Reader(request)
-        (round_,) = r.unpack("<Q")
+        (round_,) = r.unpack("Q")
         if round_ != number:
             raise self._refusal(f"a request of round {round_} came with the plan of round {number}")
         participants = r.flags(session.count)
@@ -301,15 +304,18 @@ class ClientSession:
         if own is None or own.round != round_:
             raise self._refusal(f"it has no masks for round {round_}, or has used them")
         self._secrets = None
-        vector = vector + mask(derive(own.seed, context), len(vector), vector.dtype)
+        vector = vector + mask(derive(own.seed, context), len(vector), vector.dtype)  # a copy
         for partner, root in own.roots.items():
             if participants[partner]:
                 noise = mask(derive(root, context), len(vector), vector.dtype)
-                vector = vector + noise if session.place < partner else vector - noise
+                if session.place < partner:
+                    vector += noise
+                else:
+                    vector -= noise
         self._answered = _Answered(round_, context, participants, held)
         more = round_ + 1 < session.first_round + session.settings.rounds
         next_ = self._deposit(round_ + 1) if more else b""
-        return signed(self.identity, context, "answer", ring_bytes(vector) + next_)
+        return tagged(session.to_server, context, "answer", ring_bytes(vector) + next_)
 
     def confirm(self, request: bytes) -> bytes:
         """A token for each of its owners that is said to be alive: once a round."""
@@ -322,7 +328,7 @@ class ClientSession:
         keys = dict(zip(session.owners, session.vouching, strict=True))
         there = [owner for owner, flag in zip(owners, alive, strict=True) if flag]
         body = b"".join(_token(keys[owner], answered.context) for owner in there)
-        return signed(self.identity, answered.context, "confirm", body)
+        return tagged(session.to_server, answered.context, "confirm", body)
 
     def unmask(self, request: bytes) -> bytes:
         """One kind of share of every participant whose shares it holds: b's where it is alive, else ρ's."""
@@ -345,7 +351,7 @@ class ClientSession:
         ]
         opened_ = np.array([kind is not None for kind in kinds], bool)
         body = bits(opened_) + b"".join(kind for kind in kinds if kind is not None)
-        return signed(self.identity, answered.context, "unmask", body)
+        return tagged(session.to_server, answered.context, "unmask", body)
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -362,14 +368,13 @@ class ClientSession:
         seed, rho = random_bytes(SECRET_BYTES), random_bytes(SECRET_BYTES)
         shares = [share(secret, s.settings.threshold, len(s.holders)) for secret in (seed, rho)]
         pairs = [(b.tobytes(), p.tobytes()) for b, p in zip(*shares, strict=True)]
-        tags, bundles = [], []
+        tags, bundles, context = [], [], deposit_context(s.id, round_, s.place)
         for holder, channel, pair in zip(s.holders, s.to_holder, pairs, strict=True):
-            tags += [share_tag(s.id, round_, s.place, holder, kind, pair[kind]) for kind in (0, 1)]
-            associated = bundle_context(s.id, round_, s.place, holder)
-            bundles.append(seal(channel, round_, pair[0] + pair[1], associated))
+            tags += [share_tag(context, holder, kind, pair[kind]) for kind in (0, 1)]
+            bundles.append(seal(channel, round_, pair[0] + pair[1], bundle_data(context, holder)))
         deposit = Deposit(
-            commitment_to(s.id, round_, s.place, seed),
-            seal(derive(rho, b"roots"), 0, b"".join(roots), roots_context(s.id, round_, s.place)),
+            commitment_to(context, seed),
+            seal(derive(rho, b"roots"), 0, b"".join(roots), context),
             b"".join(tags),
             bundles,
         ).encode()
@@ -382,7 +387,9 @@ class ClientSession:
         if bundle is None:
             return None
         try:
-            return open_sealed(key, round_, bundle, bundle_context(s.id, round_, owner, s.place))
+            return open_sealed(
+                key, round_, bundle, bundle_data(deposit_context(s.id, round_, owner), s.place)
+            )
         except SecurityError:
             return None
 
@@ -441,6 +448,10 @@ class ClientSession:
 def _token(key: bytes, context: bytes) -> bytes:
     """What a holder says when it says that a client is alive in the round of this context."""
     return derive(key, context)[:TOKEN_BYTES]
+
+
+def _server_key(opening: _Opening, id_: bytes) -> bytes:
+    return derive(opening.key.agree(opening.offer.key), b"server", id_)
 
 
 def _session_id(opening: _Opening, keys: bytes) -> bytes:

@@ -1,13 +1,14 @@
 """The messages of secure aggregation. All numbers are little-endian; who is who is said by places.
 
 A place is a client's number in the ascending order of the names of those that are present in the session.
-What goes up is ``body ‖ Ed25519 signature``, over the body, the stage and the context it was made in. What
-comes down is not signed: the server is the one that is not trusted, and its lies end in masks that do not
-cancel.
+What goes up ends in a tag over the body, the stage and the context that it was made in: for adverts, which
+other clients read, a signature; after that a code under a key that client and server agreed on. What comes
+down has none: the server is the one that is not trusted, and its lies end in masks that do not cancel.
 """
 
 from __future__ import annotations
 
+import hmac
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -16,31 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baffle.errors import ConfigError, MessageError, SecurityError
-from baffle.secagg.primitives import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, Identity, hash_of, verify
+from baffle.secagg.primitives import KEY_BYTES, TAG_BYTES, Identity, hash_of, verify
 from baffle.secagg.session import Flags, Settings
 from baffle.secagg.sharing import SECRET_BYTES
+from baffle.wire import Cursor
 
 VERSION = 1
 TOKEN_BYTES = 16
 SHORT_TAG = 16  # of a share: enough that nobody finds another share to a given tag
 BUNDLE_BYTES = 2 * SECRET_BYTES + TAG_BYTES
-_OFFER = "<BQHHBII"
+_OFFER = "BQHHBII"
 
 
-class Reader:
-    """Takes bytes apart from the front. Raises MessageError where they end too soon, or do not end."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, size: int) -> bytes:
-        if self.at + size > len(self.data):
-            raise MessageError(f"a message of secure aggregation cut short at byte {len(self.data)}")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def unpack(self, form: str) -> tuple[Any, ...]:
-        return struct.unpack(form, self.take(struct.calcsize(form)))
+class Reader(Cursor):
+    """Takes a message apart from the front. Raises MessageError for what is none."""
 
     def blocks(self, count: int, size: int) -> list[bytes]:
         data = self.take(count * size)
@@ -53,13 +43,6 @@ class Reader:
             raise MessageError("a list of clients with bits behind its end")
         return bits[:count].astype(bool)
 
-    def rest(self) -> bytes:
-        return self.take(len(self.data) - self.at)
-
-    def end(self) -> None:
-        if self.at != len(self.data):
-            raise MessageError(f"{len(self.data) - self.at} bytes too many behind a message")
-
 
 def bits(flags: Flags) -> bytes:
     """One bit a client, the first in the lowest bit of the first byte."""
@@ -71,22 +54,40 @@ def places(flags: Flags) -> list[int]:
     return [int(i) for i in np.flatnonzero(flags)]
 
 
-def signed(identity: Identity, context: bytes, stage: str, body: bytes) -> bytes:
-    """``body`` with its signature behind it."""
-    return body + identity.sign(hash_of(b"message", context, stage.encode(), body))
+def advert(identity: Identity, offer: bytes, key: bytes) -> bytes:
+    """A one-time key, signed by the client that it is of, for the offer of this hash."""
+    return key + identity.sign(hash_of(b"advert", offer, key))
 
 
-def opened(public: bytes, context: bytes, stage: str, message: bytes, name: str) -> bytes:
-    """The body of a signed message. Raises SecurityError where ``name`` did not sign it in this context."""
-    if len(message) < SIGNATURE_BYTES:
-        raise MessageError(f"client {name}: a message of stage {stage!r} without its signature")
-    body, signature = message[:-SIGNATURE_BYTES], message[-SIGNATURE_BYTES:]
-    if not verify(public, signature, hash_of(b"message", context, stage.encode(), body)):
+def advertised(public: bytes, offer: bytes, message: bytes, name: str) -> bytes:
+    """The one-time key of an advert. Raises SecurityError where ``name`` did not sign it for this offer."""
+    key, signature = message[:KEY_BYTES], message[KEY_BYTES:]
+    if not verify(public, signature, hash_of(b"advert", offer, key)):
         raise SecurityError(
-            f"client {name}: its message of stage {stage!r} is not signed by it in this context: "
-            "it was changed, replayed or made by another, or the client was told something else"
+            f"client {name} did not sign this key for this session: it was changed, replayed or made by "
+            "another, or one of the two was offered something else"
+        )
+    return key
+
+
+def tagged(key: bytes, context: bytes, stage: str, body: bytes) -> bytes:
+    """``body`` with its authentication code behind it."""
+    return body + _code(key, context, stage, body)
+
+
+def untagged(key: bytes, context: bytes, stage: str, message: bytes, name: str) -> bytes:
+    """The body of a message. Raises SecurityError where ``name`` did not make it in this context."""
+    body, code = message[:-TAG_BYTES], message[-TAG_BYTES:]
+    if not hmac.compare_digest(code, _code(key, context, stage, body)):
+        raise SecurityError(
+            f"client {name}: its message of stage {stage!r} was not made by it in this context: it was "
+            "changed, replayed or made by another, or the client was told something else"
         )
     return body
+
+
+def _code(key: bytes, context: bytes, stage: str, body: bytes) -> bytes:
+    return hmac.digest(key, hash_of(b"message", context, stage.encode(), body), "sha256")[:TAG_BYTES]
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,14 @@ class Offer:
     job: bytes
     first_round: int
     settings: Settings
+    key: bytes  # one-time, of the server: clients agree with it on how their messages are authenticated
     roster: bytes  # its digest
     members: Flags  # of the roster
 
     def encode(self) -> bytes:
         s = self.settings
         head = struct.pack(
-            _OFFER,
+            "<" + _OFFER,
             VERSION,
             self.first_round,
             s.degree,
@@ -111,12 +113,12 @@ class Offer:
             s.least,
             s.rounds,
         )
-        return self.job + self.roster + head + bits(self.members)
+        return self.job + self.key + self.roster + head + bits(self.members)
 
     @classmethod
     def decode(cls, data: bytes, roster_size: int) -> Offer:
         r = Reader(data)
-        job, roster = r.take(KEY_BYTES), r.take(KEY_BYTES)
+        job, key, roster = r.take(KEY_BYTES), r.take(KEY_BYTES), r.take(KEY_BYTES)
         version, first, degree, threshold, consistency, least, rounds = r.unpack(_OFFER)
         if version != VERSION:
             raise MessageError(f"secure aggregation of version {version}, this is version {VERSION}")
@@ -128,7 +130,7 @@ class Offer:
             settings = Settings(degree, threshold, bool(consistency), least, rounds)
         except ConfigError as error:
             raise MessageError(f"an offer that cannot be: {error}") from error
-        return cls(job, first, settings, roster, members)
+        return cls(job, first, settings, key, roster, members)
 
 
 @dataclass(frozen=True)
@@ -162,24 +164,24 @@ class Deposit:
         )
 
 
-def share_tag(session: bytes, round_: int, owner: int, holder: int, kind: int, share: bytes) -> bytes:
+def deposit_context(session: bytes, round_: int, owner: int) -> bytes:
+    """What all that a deposit holds is bound to."""
+    return hash_of(b"deposit", session, round_, owner)
+
+
+def share_tag(context: bytes, holder: int, kind: int, share: bytes) -> bytes:
     """What a share is recognised by. A share of t ≥ 2 is uniform, so its hash tells nobody anything."""
-    return hash_of(b"share", session, round_, owner, holder, kind, share)[:SHORT_TAG]
+    return hash_of(context, struct.pack("<HB", holder, kind) + share)[:SHORT_TAG]
 
 
-def commitment_to(session: bytes, round_: int, owner: int, seed: bytes) -> bytes:
+def commitment_to(context: bytes, seed: bytes) -> bytes:
     """Of the self-mask's seed: what shares give must be that seed and no other."""
-    return hash_of(b"self-mask", session, round_, owner, seed)
+    return hash_of(context, b"self-mask", seed)
 
 
-def bundle_context(session: bytes, round_: int, owner: int, holder: int) -> bytes:
-    """The associated data of a bundle."""
-    return hash_of(b"bundle", session, round_, owner, holder)
-
-
-def roots_context(session: bytes, round_: int, owner: int) -> bytes:
-    """The associated data of the sealed pairwise roots."""
-    return hash_of(b"roots", session, round_, owner)
+def bundle_data(context: bytes, holder: int) -> bytes:
+    """The associated data of the bundle for a holder."""
+    return context + struct.pack("<H", holder)
 
 
 def ring_dtype(ring_bits: int) -> np.dtype[Any]:

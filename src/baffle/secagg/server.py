@@ -1,12 +1,13 @@
 """The server's half of secure aggregation: it relays, adds up, and takes off the masks of the sum.
 
 It is the party that is not trusted: nothing here protects anybody, all of that is in ``client``. What this
-half owes its user is to end in the right sum or in a named error: it checks every signature, every share
+half owes its user is to end in the right sum or in a named error: it checks who made a message, every share
 against its tag, and every opened secret against what its owner committed to.
 """
 
 from __future__ import annotations
 
+import bisect
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,18 +22,20 @@ from baffle.secagg.messages import (
     Deposit,
     Offer,
     Reader,
+    advertised,
     bits,
     commitment_to,
-    opened,
+    deposit_context,
     places,
     ring_dtype,
     ring_vector,
-    roots_context,
     share_tag,
+    untagged,
 )
 from baffle.secagg.primitives import (
     KEY_BYTES,
-    SIGNATURE_BYTES,
+    TAG_BYTES,
+    KeyPair,
     derive,
     hash_of,
     mask,
@@ -70,7 +73,8 @@ class ServerSession:
         self.first_round, self.members = first_round, len(members)
         self._offered = frozenset(members)
         self._member_places = places(flags)
-        self._offer = Offer(job, first_round, settings, roster.digest, flags).encode()
+        self._pair = KeyPair.generate()
+        self._offer = Offer(job, first_round, settings, self._pair.public, roster.digest, flags).encode()
         self._offer_hash = hash_of(b"offer", self._offer, binding)
         self._stage = ""
         self._adverts: dict[int, bytes] = {}  # by place in the roster
@@ -107,13 +111,14 @@ class ServerSession:
         present = np.isin(np.array(self._member_places), here)
         self.present = bits(present)
         self.names = tuple(self.roster.names[i] for i in here)
-        self.keys = [self.roster.keys[i] for i in here]
         self._place = {name: place for place, name in enumerate(self.names)}
         count = len(here)
         self._full = self.settings.full(count)
         self._advert = [self._adverts[i] for i in here]
         one_time = b"".join(advert[:KEY_BYTES] for advert in self._advert) if self._full else b""
         self.id = session_id(self._offer_hash, self.present, one_time)
+        agreed = [self._pair.agree(advert[:KEY_BYTES]) for advert in self._advert]
+        self.keys = [derive(key, b"server", self.id) for key in agreed]
         if self._full:
             everyone = list(range(count))
             self.holders = [everyone[:i] + everyone[i + 1 :] for i in everyone]
@@ -152,13 +157,12 @@ class ServerSession:
                 raise SecurityError(f"client {name} is no member of this session")
             if place in self._adverts:
                 raise SecurityError(f"client {name} advertised twice")
-            key = opened(self.roster.keys[place], self._offer_hash, "advertise", message, name)
-            if len(key) != KEY_BYTES:
-                raise MessageError(f"client {name}: an advert of {len(key)} bytes")
+            key = advertised(self.roster.keys[place], self._offer_hash, message, name)
+            self._pair.agree(key)  # raises where nothing can be agreed on with it
             self._adverts[place] = message
         elif self._stage == "choose":
             place = self.place(name)
-            body = opened(self.keys[place], self.id, "choose", message, name)
+            body = untagged(self.keys[place], self.id, "choose", message, name)
             choice = np.frombuffer(body, "<u2").tolist() if len(body) % 2 == 0 else []
             fits = len(set(choice)) == len(choice) == self.settings.degree
             if not fits or place in choice or max(choice) >= len(self.names) or place in self._choices:
@@ -192,7 +196,7 @@ class ServerSession:
 
     def add_deposit(self, name: str, round_: int, message: bytes) -> None:
         place = self.place(name)
-        body = opened(self.keys[place], hash_of(b"deposit", self.id, round_), "share", message, name)
+        body = untagged(self.keys[place], hash_of(self.id, round_), "share", message, name)
         r = Reader(body)
         self.deposits[place] = self.read_deposit(place, r)
         r.end()
@@ -274,6 +278,7 @@ class ServerRound:
                 f"round {self.round}: {len(here)} clients can take part, {s.settings.least} are needed"
             )
         self._deposits = {i: s.deposits[i] for i in here}
+        self._contexts = {i: deposit_context(s.id, self.round, i) for i in here}
         s.deposits = {}
         self._participants = np.zeros(len(s.names), bool)
         self._participants[list(here)] = True
@@ -344,14 +349,14 @@ class ServerRound:
             raise SecurityError(f"client {name} takes no part in round {self.round}, or answered twice")
         more = self.round < s.last_round
         behind = Deposit.size(len(s.holders[place]), len(s.partners[place])) if more else 0
-        size = len(message) - SIGNATURE_BYTES - behind
+        size = len(message) - TAG_BYTES - behind
         length, odd = divmod(size, self._dtype.itemsize)
         if size <= 0 or odd or (self._total is not None and length != len(self._total)):
             raise MessageError(f"client {name}: a masked vector of {size} bytes")
         context = round_context(
             s.id, self.round, bits(self._participants), self._binding, 8 * self._dtype.itemsize, length
         )
-        body = opened(s.keys[place], context, "answer", message, name)
+        body = untagged(s.keys[place], context, "answer", message, name)
         r = Reader(body)
         vector = ring_vector(r.take(size), self._dtype)
         if more:
@@ -368,7 +373,7 @@ class ServerRound:
         s, owners = self.session, [i for i in self._owners_of(place) if self._survivors[i]]
         if not self._survivors[place] or place in self._confirmed:
             raise SecurityError(f"client {name} is not asked who is alive, or has said it already")
-        r = Reader(opened(s.keys[place], self._context, "confirm", message, name))
+        r = Reader(untagged(s.keys[place], self._context, "confirm", message, name))
         tokens = r.blocks(len(owners), TOKEN_BYTES)
         r.end()
         self._confirmed.add(place)
@@ -379,7 +384,7 @@ class ServerRound:
         s = self.session
         if not self._survivors[place] or place in self._opened:
             raise SecurityError(f"client {name} is not asked for shares, or sent them already")
-        r = Reader(opened(s.keys[place], self._context, "unmask", message, name))
+        r = Reader(untagged(s.keys[place], self._context, "unmask", message, name))
         owners = self._owners_of(place)
         there = r.flags(len(owners))
         given = [owner for owner, flag in zip(owners, there, strict=True) if flag]
@@ -389,7 +394,7 @@ class ServerRound:
         for owner, share in zip(given, shares, strict=True):
             have = self._shares.setdefault(owner, [])
             if len(have) < s.settings.threshold:
-                position = s.holders[owner].index(place)
+                position = bisect.bisect_left(s.holders[owner], place)
                 if self._is_true(owner, place, position, share):
                     have.append((position + 1, share))
                 else:
@@ -399,7 +404,7 @@ class ServerRound:
         kind = 0 if self._survivors[owner] else 1
         at = (2 * position + kind) * SHORT_TAG
         tag = self._deposits[owner].tags[at : at + SHORT_TAG]
-        return share_tag(self.session.id, self.round, owner, holder, kind, share) == tag
+        return share_tag(self._contexts[owner], holder, kind, share) == tag
 
     # -- the sum ------------------------------------------------------------------------------------
 
@@ -416,7 +421,7 @@ class ServerRound:
         ]
         secrets = self._secrets([*alive, *gone])
         for i in alive:
-            if commitment_to(s.id, self.round, i, secrets[i]) != self._deposits[i].commitment:
+            if commitment_to(self._contexts[i], secrets[i]) != self._deposits[i].commitment:
                 self.session.exclude(i)
                 raise self._unopened(i, "its shares give another secret than the one that it committed to")
             total -= mask(derive(secrets[i], self._context), len(total), self._dtype)
@@ -448,10 +453,8 @@ class ServerRound:
     def _roots(self, owner: int, rho: bytes) -> list[bytes]:
         try:
             sealed = self._deposits[owner].sealed
-            context = roots_context(self.session.id, self.round, owner)
-            return Reader(open_sealed(derive(rho, b"roots"), 0, sealed, context)).blocks(
-                len(self.session.partners[owner]), KEY_BYTES
-            )
+            roots = open_sealed(derive(rho, b"roots"), 0, sealed, self._contexts[owner])
+            return Reader(roots).blocks(len(self.session.partners[owner]), KEY_BYTES)
         except SecurityError as error:
             self.session.exclude(owner)
             raise self._unopened(owner, "its shares do not open what it deposited") from error
