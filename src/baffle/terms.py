@@ -183,7 +183,8 @@ class Terms:
         rounding alone, and from the mean of v_c by 2^-(f+1) at most. With privacy: the sum divided by the
         number of examples that ``answered`` clients are expected to sample, or by ``answered``.
 
-        Raises AggregationError for a sum that honest answers cannot give.
+        Raises AggregationError for a sum that honest answers cannot give, and where fewer answered than make
+        the noise that was promised.
         """
         values = len(residues) - self.length(0)
         if values < 1 or (plan.asks_slopes and values != plan.estimator.directions):
@@ -194,6 +195,7 @@ class Terms:
             raise AggregationError(f"round {plan.round}: {answered} answers from a cohort of {self.cohort}")
         sums = self.fixed_point.integers(residues[:values])
         if self.privacy is not None:
+            self._check_noised(plan, self.privacy, sums, answered)
             each = plan.batch_size if self.privacy.unit == "example" else 1
             return RoundSum(plan.round, self.fixed_point.decode(sums) / (answered * each))
         weights = [int(weight) for weight in residues[values:]]
@@ -206,13 +208,24 @@ class Terms:
             bound = np.repeat([self.fixed_point.largest * weight for weight in weights], lengths)
             sound = bool(((sums <= bound) & (sums >= -bound)).all())
         if not sound:
-            raise AggregationError(
-                f"round {plan.round}: the sum lies outside what honest answers can give: "
-                "a client was told something else, or lies"
-            )
+            raise _impossible(plan)
         kept = reached[-1]
         divisors = np.repeat(np.array(weights, dtype=np.float64), lengths)[:kept]
         return RoundSum(plan.round, self.fixed_point.decode(sums[:kept]) / divisors)
+
+    def _check_noised(
+        self, plan: RoundPlan, privacy: Privacy, sums: NDArray[np.int64], answered: int
+    ) -> None:
+        if answered < privacy.shares:
+            raise AggregationError(
+                f"round {plan.round}: {answered} clients answered, and {privacy.shares} make the noise that "
+                "was promised: no sum is given"
+            )
+        weight = 1 if privacy.unit == "client" else self.largest_weight
+        noise = math.isqrt(answered * noise_variance(privacy, self.fixed_point)) + 1
+        bound = answered * weight * self.fixed_point.largest + _DEVIATIONS * noise
+        if ((sums > bound) | (sums < -bound)).any():
+            raise _impossible(plan)
 
     # -- bytes --------------------------------------------------------------------------------------
 
@@ -250,6 +263,13 @@ class Terms:
                 privacy = Privacy(choice(UNITS, unit - 1, "privacy unit"), *r.unpack("dddI"))
             r.end()
             return cls(fixed_point, cohort, largest_weight, levels, privacy)
+
+
+def _impossible(plan: RoundPlan) -> AggregationError:
+    return AggregationError(
+        f"round {plan.round}: the sum lies outside what honest answers can give: "
+        "a client was told something else, or lies"
+    )
 
 
 @dataclass(frozen=True)
