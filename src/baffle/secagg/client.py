@@ -8,11 +8,12 @@ vector of client i in round r is
 
     y_i = x_i + PRG(b_i) + Σ_{j > i} PRG(p_ij) − Σ_{j < i} PRG(p_ij)      in Z_2^m
 
-over its masking partners j that take part. b_i is fresh, and shared among its holders. p_ij comes from a root
-that both sides take from a chain of hashes, which starts at their key agreement; the roots of one round are
-sealed under a fresh ρ_i, and ρ_i is shared. If i answers, holders open b_i; if it does not, ρ_i, and with it
-the roots of that round alone. So keys survive, and are not agreed on every round (docs/privacy.md has the
-argument). A chain is turned after each round and forgets where it was.
+over its masking partners j that take part. p_ij comes from a root that both sides take from a chain of
+hashes, which starts at their key agreement. The roots of one round are sealed under a fresh ρ_i, and ρ_i is
+shared among i's holders before the round. b_i is fresh, and shared with the answer, each share blinded with a
+pad that its holder alone can make, in the same round. If i answers, holders give these pads; if it does not,
+their shares of ρ_i, and with it the roots of that round alone. So keys survive, and are not agreed on every
+round (docs/privacy.md has the argument). A chain is turned after each round and forgets where it was.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from baffle.errors import SecurityError
 from baffle.secagg.messages import (
     BUNDLE_BYTES,
     TOKEN_BYTES,
+    Blinded,
     Deposit,
     Offer,
     Reader,
@@ -43,6 +45,7 @@ from baffle.secagg.messages import (
     ring_bytes,
     share_tag,
     tagged,
+    xor,
 )
 from baffle.secagg.parameters import quorum
 from baffle.secagg.primitives import (
@@ -88,6 +91,8 @@ class _Session:
     owners: list[int]  # whose shares this client holds, ascending
     to_holder: list[bytes]  # channel keys
     from_owner: list[bytes]
+    blinding: list[bytes]  # keys of the pads, one a holder
+    unblinding: list[bytes]  # the same, one an owner
     vouched: list[bytes]  # keys, one a holder, under which it says that this client is alive
     vouching: list[bytes]  # the same, one an owner
     partners: list[int]  # with whom it masks, ascending
@@ -100,7 +105,6 @@ class _Secrets:
     """What masks one round of this client: made with the round's deposit, gone with its answer."""
 
     round: int
-    seed: bytes
     roots: dict[int, bytes]
     deposit: bytes  # as it was sent: should it be lost, the same bytes again
 
@@ -112,7 +116,7 @@ class _Answered:
     round: int
     context: bytes
     participants: Flags
-    shares: list[bytes | None]  # by owner: b's and ρ's share, None where a bundle did not open
+    shares: list[bytes | None]  # of ρ, by owner; None where a bundle did not open
     alive: Flags | None = None  # which of the owners that take part it said are alive
 
 
@@ -244,6 +248,8 @@ class ClientSession:
             owners,
             [derive(agreed[i], b"channel", id_, place, i) for i in holders],
             [derive(agreed[i], b"channel", id_, i, place) for i in owners],
+            [derive(agreed[i], b"pad", id_, place, i) for i in holders],
+            [derive(agreed[i], b"pad", id_, i, place) for i in owners],
             [derive(agreed[i], b"alive", id_, place, i) for i in holders],
             [derive(agreed[i], b"alive", id_, i, place) for i in owners],
             partners,
@@ -304,7 +310,8 @@ class ClientSession:
         if own is None or own.round != round_:
             raise self._refusal(f"it has no masks for round {round_}, or has used them")
         self._secrets = None
-        vector = vector + mask(derive(own.seed, context), len(vector), vector.dtype)  # a copy
+        seed = random_bytes(SECRET_BYTES)
+        vector = vector + mask(derive(seed, context), len(vector), vector.dtype)  # a copy
         for partner, root in own.roots.items():
             if participants[partner]:
                 noise = mask(derive(root, context), len(vector), vector.dtype)
@@ -314,8 +321,8 @@ class ClientSession:
                     vector -= noise
         self._answered = _Answered(round_, context, participants, held)
         more = round_ + 1 < session.first_round + session.settings.rounds
-        next_ = self._deposit(round_ + 1) if more else b""
-        return tagged(session.to_server, context, "answer", ring_bytes(vector) + next_)
+        behind = self._blinded(session, round_, context, seed) + (self._deposit(round_ + 1) if more else b"")
+        return tagged(session.to_server, context, "answer", ring_bytes(vector) + behind)
 
     def confirm(self, request: bytes) -> bytes:
         """A token for each of its owners that is said to be alive: once a round."""
@@ -331,7 +338,7 @@ class ClientSession:
         return tagged(session.to_server, answered.context, "confirm", body)
 
     def unmask(self, request: bytes) -> bytes:
-        """One kind of share of every participant whose shares it holds: b's where it is alive, else ρ's."""
+        """For every participant whose shares it holds, b's pad where it is alive, else ρ's share."""
         session, answered, r = self._standing(), self._pending(), Reader(request)
         owners, alive = self._statuses(session, answered, r)
         if session.settings.consistency:
@@ -345,9 +352,10 @@ class ClientSession:
         r.end()
         self._answered = None  # from here on there is nothing more to open in this round
         held = dict(zip(session.owners, answered.shares, strict=True))
+        keys = dict(zip(session.owners, session.unblinding, strict=True))
         kinds = [
-            None if shares is None else shares[:SECRET_BYTES] if there else shares[SECRET_BYTES:]
-            for shares, there in zip((held[owner] for owner in owners), alive, strict=True)
+            derive(keys[owner], answered.context) if there else held[owner]
+            for owner, there in zip(owners, alive, strict=True)
         ]
         opened_ = np.array([kind is not None for kind in kinds], bool)
         body = bits(opened_) + b"".join(kind for kind in kinds if kind is not None)
@@ -355,8 +363,16 @@ class ClientSession:
 
     # -- inside -------------------------------------------------------------------------------------
 
+    def _blinded(self, s: _Session, round_: int, context: bytes, seed: bytes) -> bytes:
+        """The shares of b for its holders, by way of the server."""
+        deposit = deposit_context(s.id, round_, s.place)
+        shares = [row.tobytes() for row in share(seed, s.settings.threshold, len(s.holders))]
+        pads = b"".join(derive(key, context) for key in s.blinding)
+        tags = (share_tag(deposit, i, 0, row) for i, row in zip(s.holders, shares, strict=True))
+        return Blinded(commitment_to(deposit, seed), xor(b"".join(shares), pads), b"".join(tags)).encode()
+
     def _deposit(self, round_: int) -> bytes:
-        """Fresh secrets for a round, their shares sealed for the holders. Turns the chains past the round."""
+        """A fresh ρ for a round, its shares sealed for the holders. Turns the chains past the round."""
         s = self._standing()
         if not max(s.turned, s.first_round) <= round_ < s.first_round + s.settings.rounds:
             raise self._refusal(f"round {round_} lies outside this session, or had its deposit already")
@@ -365,20 +381,18 @@ class ClientSession:
         roots = [derive(chain, b"root") for chain in s.chains]
         s.chains = [derive(chain, b"next") for chain in s.chains]
         s.turned = round_ + 1
-        seed, rho = random_bytes(SECRET_BYTES), random_bytes(SECRET_BYTES)
-        shares = [share(secret, s.settings.threshold, len(s.holders)) for secret in (seed, rho)]
-        pairs = [(b.tobytes(), p.tobytes()) for b, p in zip(*shares, strict=True)]
+        rho = random_bytes(SECRET_BYTES)
+        shares = [row.tobytes() for row in share(rho, s.settings.threshold, len(s.holders))]
         tags, bundles, context = [], [], deposit_context(s.id, round_, s.place)
-        for holder, channel, pair in zip(s.holders, s.to_holder, pairs, strict=True):
-            tags += [share_tag(context, holder, kind, pair[kind]) for kind in (0, 1)]
-            bundles.append(seal(channel, round_, pair[0] + pair[1], bundle_data(context, holder)))
+        for holder, channel, row in zip(s.holders, s.to_holder, shares, strict=True):
+            tags.append(share_tag(context, holder, 1, row))
+            bundles.append(seal(channel, round_, row, bundle_data(context, holder)))
         deposit = Deposit(
-            commitment_to(context, seed),
             seal(derive(rho, b"roots"), 0, b"".join(roots), context),
             b"".join(tags),
             bundles,
         ).encode()
-        self._secrets = _Secrets(round_, seed, dict(zip(s.partners, roots, strict=True)), deposit)
+        self._secrets = _Secrets(round_, dict(zip(s.partners, roots, strict=True)), deposit)
         return deposit
 
     def _opened_bundle(

@@ -25,7 +25,7 @@ from baffle.wire import Cursor
 VERSION = 1
 TOKEN_BYTES = 16
 SHORT_TAG = 16  # of a share: enough that nobody finds another share to a given tag
-BUNDLE_BYTES = 2 * SECRET_BYTES + TAG_BYTES
+BUNDLE_BYTES = SECRET_BYTES + TAG_BYTES
 _OFFER = "BQHHBII"
 
 
@@ -135,33 +135,51 @@ class Offer:
 
 @dataclass(frozen=True)
 class Deposit:
-    """share and answer, up: what opens a client's masks of one round, should that be needed.
+    """share and answer, up: what opens a client's pairwise masks of one round, should it not answer.
 
-    ``sealed`` are its pairwise roots under ρ; ``bundles`` the two shares of each holder, sealed for it;
-    ``tags`` their hashes, by which the server knows a true share; ``commitment`` that of the self-mask's
-    seed.
+    ``sealed`` are its pairwise roots under ρ; ``bundles`` the shares of ρ, each sealed for its holder;
+    ``tags`` their hashes, by which the server knows a true share.
     """
 
-    commitment: bytes
     sealed: bytes
-    tags: bytes  # (holders, 2, SHORT_TAG)
+    tags: bytes  # (holders, SHORT_TAG)
     bundles: list[bytes]
 
     def encode(self) -> bytes:
-        return b"".join((self.commitment, self.sealed, self.tags, *self.bundles))
+        return b"".join((self.sealed, self.tags, *self.bundles))
 
     @staticmethod
     def size(holders: int, partners: int) -> int:
-        return 32 + KEY_BYTES * partners + TAG_BYTES + holders * (2 * SHORT_TAG + BUNDLE_BYTES)
+        return KEY_BYTES * partners + TAG_BYTES + holders * (SHORT_TAG + BUNDLE_BYTES)
 
     @classmethod
     def read(cls, r: Reader, holders: int, partners: int) -> Deposit:
-        return cls(
-            r.take(32),
-            r.take(KEY_BYTES * partners + TAG_BYTES),
-            r.take(holders * 2 * SHORT_TAG),
-            r.blocks(holders, BUNDLE_BYTES),
-        )
+        sealed = r.take(KEY_BYTES * partners + TAG_BYTES)
+        return cls(sealed, r.take(holders * SHORT_TAG), r.blocks(holders, BUNDLE_BYTES))
+
+
+@dataclass(frozen=True)
+class Blinded:
+    """answer, up: the shares of b, each blinded with a pad that its holder can make in the same round.
+
+    So a holder that was told another plan, or other participants, helps to open nothing. ``commitment`` is
+    one to b.
+    """
+
+    commitment: bytes
+    shares: bytes  # (holders, SECRET_BYTES)
+    tags: bytes  # (holders, SHORT_TAG)
+
+    def encode(self) -> bytes:
+        return self.commitment + self.shares + self.tags
+
+    @staticmethod
+    def size(holders: int) -> int:
+        return 32 + holders * (SECRET_BYTES + SHORT_TAG)
+
+    @classmethod
+    def read(cls, r: Reader, holders: int) -> Blinded:
+        return cls(r.take(32), r.take(holders * SECRET_BYTES), r.take(holders * SHORT_TAG))
 
 
 def deposit_context(session: bytes, round_: int, owner: int) -> bytes:
@@ -175,8 +193,13 @@ def share_tag(context: bytes, holder: int, kind: int, share: bytes) -> bytes:
 
 
 def commitment_to(context: bytes, seed: bytes) -> bytes:
-    """Of the self-mask's seed: what shares give must be that seed and no other."""
+    """Of b, the self-mask's seed: what shares give must be that seed and no other."""
     return hash_of(context, b"self-mask", seed)
+
+
+def xor(a: bytes, b: bytes) -> bytes:
+    """Of two rows of bytes of one length."""
+    return (int.from_bytes(a, "little") ^ int.from_bytes(b, "little")).to_bytes(len(a), "little")
 
 
 def bundle_data(context: bytes, holder: int) -> bytes:

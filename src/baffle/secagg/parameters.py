@@ -5,19 +5,17 @@ it draws itself, so that nobody else has a say in who they are. (A permutation m
 could be steered by whoever sends last, or vanishes next.) A fraction of the members colludes with the server,
 c of them among a client's holders; t shares open a secret. Counting bounds what a lying server can do:
 
-both secrets of one client   An honest holder gives one kind of share, once: 2t ≤ k + c would be needed.
-with consistency             Who opens anything has heard from q = k + c − t + 1 holders that it is alive.
-                             Who said so never gives the share that would open its pairwise roots, and
-                             k − q + c < t are left. So an answer whose self-mask is opened still has t − c
-                             honest partners whose masks on it stay closed, and so has each of these: what
-                             is opened is a sum over a set in which every honest member drew t − c others.
-without, all with all        Who opens anything was given a list of t survivors or more, out of p honest
-                             participants, of whom it gives away the roots of at most p − t + c. The server
-                             may tell clients of different participants, and only answers to one list hang
-                             together: g of them open alone once the roots of the other p − g are open, which
-                             takes t − c words each. Those g give g(p − t + c) at most, the other honest
-                             ones (H − g)(H − t + c): so (p − g)(t − c) is at most the sum of the two, where
-                             t − c < p ≤ H. The least such g is at p = t − c + 1 or p = H.
+both secrets of one client  An honest holder opens one of them, once: 2t ≤ k + c would be needed.
+with consistency            Who opens anything has heard from q = k + c − t + 1 holders that it is alive. Who
+                            said so never gives its share of ρ, which would open the pairwise roots, and
+                            k − q + c < t are left. Pads for b serve in one context alone. So an answer whose
+                            self-mask is opened still has t − c honest partners in its own context whose
+                            masks on it stay closed, and so has each of these: what is opened is a sum over
+                            a set in which every honest member drew t − c others.
+without, all with all       Who opens anything was given a list of t survivors or more. So it gives its
+                            shares of ρ of at most H − t + c of the H honest clients, and all together open
+                            at most H(H − t + c)/(t − c). An opened answer has t − c honest partners in its
+                            own context; with itself, less those, they hide each other.
 
 The last two give ``hidden``: the fewest honest clients in anything that can be opened. Where holders are
 drawn, both c and ``hidden`` hold but for a chance that is chosen (2^-40), over the draws of honest clients.

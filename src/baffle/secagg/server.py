@@ -19,6 +19,7 @@ from baffle.errors import AggregationError, MessageError, SecurityError
 from baffle.secagg.messages import (
     SHORT_TAG,
     TOKEN_BYTES,
+    Blinded,
     Deposit,
     Offer,
     Reader,
@@ -31,6 +32,7 @@ from baffle.secagg.messages import (
     ring_vector,
     share_tag,
     untagged,
+    xor,
 )
 from baffle.secagg.primitives import (
     KEY_BYTES,
@@ -226,6 +228,7 @@ class ServerRound:
         self._binding, self._dtype = binding, ring_dtype(ring_bits)
         self._stage = ""
         self._deposits: dict[int, Deposit] = {}
+        self._blinded: dict[int, Blinded] = {}  # of the survivors
         self._participants: Flags = np.zeros(0, bool)
         self._context = b""
         self._total: NDArray[Any] | None = None
@@ -348,7 +351,8 @@ class ServerRound:
         if not self._participants[place] or (self._total is not None and self._survivors[place]):
             raise SecurityError(f"client {name} takes no part in round {self.round}, or answered twice")
         more = self.round < s.last_round
-        behind = Deposit.size(len(s.holders[place]), len(s.partners[place])) if more else 0
+        holders, partners = len(s.holders[place]), len(s.partners[place])
+        behind = Blinded.size(holders) + (Deposit.size(holders, partners) if more else 0)
         size = len(message) - TAG_BYTES - behind
         length, odd = divmod(size, self._dtype.itemsize)
         if size <= 0 or odd or (self._total is not None and length != len(self._total)):
@@ -359,6 +363,7 @@ class ServerRound:
         body = untagged(s.keys[place], context, "answer", message, name)
         r = Reader(body)
         vector = ring_vector(r.take(size), self._dtype)
+        blinded = Blinded.read(r, holders)
         if more:
             s.deposits[place] = s.read_deposit(place, r)
         r.end()
@@ -368,6 +373,7 @@ class ServerRound:
         else:
             self._total += vector
         self._survivors[place] = True
+        self._blinded[place] = blinded
 
     def _add_tokens(self, name: str, place: int, message: bytes) -> None:
         s, owners = self.session, [i for i in self._owners_of(place) if self._survivors[i]]
@@ -391,20 +397,25 @@ class ServerRound:
         shares = r.blocks(len(given), SECRET_BYTES)
         r.end()
         self._opened.add(place)
-        for owner, share in zip(given, shares, strict=True):
+        for owner, value in zip(given, shares, strict=True):
             have = self._shares.setdefault(owner, [])
             if len(have) < s.settings.threshold:
                 position = bisect.bisect_left(s.holders[owner], place)
-                if self._is_true(owner, place, position, share):
+                share = self._share(owner, place, position, value)
+                if share is not None:
                     have.append((position + 1, share))
                 else:
                     self._false[owner] = self._false.get(owner, 0) + 1
 
-    def _is_true(self, owner: int, holder: int, position: int, share: bytes) -> bool:
-        kind = 0 if self._survivors[owner] else 1
-        at = (2 * position + kind) * SHORT_TAG
-        tag = self._deposits[owner].tags[at : at + SHORT_TAG]
-        return share_tag(self._contexts[owner], holder, kind, share) == tag
+    def _share(self, owner: int, holder: int, position: int, value: bytes) -> bytes | None:
+        """The share that a holder's pad or share stands for, if it is the owner's."""
+        kind, tags = 1, self._deposits[owner].tags
+        if self._survivors[owner]:
+            kind, tags = 0, self._blinded[owner].tags
+            at = position * SECRET_BYTES
+            value = xor(value, self._blinded[owner].shares[at : at + SECRET_BYTES])
+        tag = tags[position * SHORT_TAG : (position + 1) * SHORT_TAG]
+        return value if share_tag(self._contexts[owner], holder, kind, value) == tag else None
 
     # -- the sum ------------------------------------------------------------------------------------
 
@@ -421,7 +432,7 @@ class ServerRound:
         ]
         secrets = self._secrets([*alive, *gone])
         for i in alive:
-            if commitment_to(self._contexts[i], secrets[i]) != self._deposits[i].commitment:
+            if commitment_to(self._contexts[i], secrets[i]) != self._blinded[i].commitment:
                 self.session.exclude(i)
                 raise self._unopened(i, "its shares give another secret than the one that it committed to")
             total -= mask(derive(secrets[i], self._context), len(total), self._dtype)
