@@ -14,8 +14,10 @@ with consistency            Who opens anything has heard from q = k + c − t + 
                             a set in which every honest member drew t − c others.
 without, all with all       Who opens anything was given a list of t survivors or more. So it gives its
                             shares of ρ of at most H − t + c of the H honest clients, and all together open
-                            at most H(H − t + c)/(t − c). An opened answer has t − c honest partners in its
-                            own context; with itself, less those, they hide each other.
+                            at most H(H − t + c)/(t − c); the others hide each other. (Not fewer where the
+                            server tells of p < H honest participants: t − c + 1 of them are in the context of
+                            an opened answer, and give p − t + c each. So fewer roots are open, by more than
+                            fewer take part.)
 
 The last two give ``hidden``: the fewest honest clients in anything that can be opened. Where holders are
 drawn, both c and ``hidden`` hold but for a chance that is chosen (2^-40), over the draws of honest clients.
@@ -87,9 +89,7 @@ def hidden(
     if left < 1 or 2 * threshold <= both or (not everybody and not consistency):
         return 0
     if everybody and not consistency:
-        given = honest * (honest - left)  # words that open roots, where everybody takes part
-        fewest = -((given - left * (left + 1)) // (2 * left + 1 - honest))  # p = left + 1; p = H behind
-        return max(0, min(fewest, honest - given // left))
+        return max(0, honest - honest * (honest - left) // left)
     if quorum(holders, colluders, threshold) > holders:
         return 0
     if everybody:
