@@ -7,7 +7,6 @@ uses the real clients' answers as it likes, and counts what they add up to.
 from __future__ import annotations
 
 import copy
-import itertools
 import struct
 from dataclasses import dataclass, field
 
@@ -15,8 +14,20 @@ import numpy as np
 
 from baffle.errors import BaffleError
 from baffle.secagg.client import ClientSession
-from baffle.secagg.messages import Deposit, Reader, bits, ring_vector, roots_context
-from baffle.secagg.primitives import KEY_BYTES, SIGNATURE_BYTES, Identity, derive, mask, open_sealed
+from baffle.secagg.client import _token as token
+from baffle.secagg.messages import (
+    SHORT_TAG,
+    TOKEN_BYTES,
+    Blinded,
+    Deposit,
+    Reader,
+    bits,
+    deposit_context,
+    ring_vector,
+    share_tag,
+    xor,
+)
+from baffle.secagg.primitives import KEY_BYTES, TAG_BYTES, Identity, derive, mask, open_sealed
 from baffle.secagg.server import ServerRound, ServerSession
 from baffle.secagg.session import Policy, Roster, Settings, round_context
 from baffle.secagg.sharing import SECRET_BYTES, reconstruct
@@ -149,18 +160,15 @@ class Liar:
         self.s = s = w.server
         for i in range(len(s.names)):
             s.add_deposit(s.names[i], self.number, self.client(i).share(s.share_request(i, self.number)))
-        self.deposits = {
-            i: Deposit(d.commitment, d.sealed, d.tags, list(d.bundles)) for i, d in s.deposits.items()
-        }
+        self.deposits = {i: Deposit(d.sealed, d.tags, list(d.bundles)) for i, d in s.deposits.items()}
         self.roots = {c: dict(self.client(c)._secrets.roots) for c in self.colluders}
-        self.contexts, self.masked, self.lists = {}, {}, {}
-        self.shares = [{}, {}]  # of b and ρ: owner → {holder: share}
+        self.contexts, self.masked, self.lists, self.blinded = {}, {}, {}, {}
+        self.words = [{}, {}]  # pads for b, and shares of ρ: owner → {holder: 32 bytes}
         for c in self.colluders:
             session = self.client(c)._session
             for owner, key in zip(session.owners, session.from_owner, strict=True):
-                pair = self.client(c)._opened_bundle(session, self.number, owner, key, self.bundle(owner, c))
-                self.shares[0].setdefault(owner, {})[c] = pair[:SECRET_BYTES]
-                self.shares[1].setdefault(owner, {})[c] = pair[SECRET_BYTES:]
+                share = self.client(c)._opened_bundle(session, self.number, owner, key, self.bundle(owner, c))
+                self.words[1].setdefault(owner, {})[c] = share
         self.honest = [i for i in range(len(s.names)) if i not in self.colluders]
 
     def client(self, place):
@@ -186,6 +194,11 @@ class Liar:
             self.s.id, self.number, bits(flags), PLAN, 8 * vector.dtype.itemsize, len(vector)
         )
         self.masked[place] = ring_vector(message[: vector.nbytes], vector.dtype)
+        self.blinded[place] = Blinded.read(Reader(message, vector.nbytes), len(self.s.holders[place]))
+        for c in set(self.colluders) & set(self.s.holders[place]):
+            self.words[0].setdefault(place, {})[c] = derive(
+                self.key(c, "unblinding", place), self.contexts[place]
+            )
 
     def statuses(self, place, dead):
         owners = [o for o in self.s.owners[place] if o in self.lists[place]]
@@ -194,9 +207,9 @@ class Liar:
     def confirm(self, place, dead):
         """Tokens for the owners that are not ``dead``: {owner: token}."""
         owners, flags = self.statuses(place, dead)
-        body = self.client(place).confirm(flags)[:-SIGNATURE_BYTES]
+        body = self.client(place).confirm(flags)[:-TAG_BYTES]
         there = [o for o in owners if o not in dead]
-        return dict(zip(there, Reader(body).blocks(len(there), 16), strict=True))
+        return dict(zip(there, Reader(body).blocks(len(there), TOKEN_BYTES), strict=True))
 
     def unmask(self, place, dead, tokens=None):
         """Takes the shares that the client opens. ``tokens``: holder → what it said of this client."""
@@ -205,15 +218,53 @@ class Liar:
             holders = self.s.holders[place]
             told = np.array([h in tokens for h in holders], bool)
             request += bits(told) + b"".join(tokens[h] for h in holders if h in tokens)
-        r = Reader(self.client(place).unmask(request)[:-SIGNATURE_BYTES])
+        r = Reader(self.client(place).unmask(request)[:-TAG_BYTES])
         given = [o for o, flag in zip(owners, r.flags(len(owners)), strict=True) if flag]
         for owner, share in zip(given, r.blocks(len(given), SECRET_BYTES), strict=True):
-            self.shares[int(owner in dead)].setdefault(owner, {})[place] = share
+            self.words[int(owner in dead)].setdefault(owner, {})[place] = share
+
+    def key(self, place, kind, owner):
+        """One of the keys that a client keeps for its owners."""
+        session = self.client(place)._session
+        return getattr(session, kind)[session.owners.index(owner)]
+
+    def said(self, heard):
+        """owner → {holder: token}, as far as they are of the owner's context. ``heard``: place → ``dead``.
+
+        Colluders say whatever the server likes.
+        """
+        found = {}
+        for place, dead in heard.items():
+            for owner, word in self.confirm(place, dead).items():
+                if self.contexts.get(owner) == self.contexts[place]:
+                    found.setdefault(owner, {})[place] = word
+        for c in self.colluders:
+            for owner in set(self.s.owners[c]) & set(self.contexts):
+                word = token(self.key(c, "vouching", owner), self.contexts[owner])
+                found.setdefault(owner, {})[c] = word
+        return found
 
     # -- what it learns -----------------------------------------------------------------------------
 
+    def shares(self, kind, owner):
+        """holder → share: those that the owner's tags know."""
+        held, s = {}, self.s
+        for holder, word in self.words[kind].get(owner, {}).items():
+            at = s.holders[owner].index(holder)
+            if kind == 0:
+                if owner not in self.blinded:
+                    continue
+                blind = self.blinded[owner].shares[at * SECRET_BYTES : (at + 1) * SECRET_BYTES]
+                word, tags = xor(word, blind), self.blinded[owner].tags
+            else:
+                tags = self.deposits[owner].tags
+            tag = share_tag(deposit_context(s.id, self.number, owner), holder, kind, word)
+            if tag == tags[at * SHORT_TAG : (at + 1) * SHORT_TAG]:
+                held[holder] = word
+        return held
+
     def secret(self, kind, owner):
-        held, t = self.shares[kind].get(owner, {}), self.s.settings.threshold
+        held, t = self.shares(kind, owner), self.s.settings.threshold
         if len(held) < t:
             return None
         chosen = sorted(held)[:t]
@@ -232,7 +283,7 @@ class Liar:
             if seed is not None:
                 seeds[i] = seed
             if rho is not None:
-                sealed, about = self.deposits[i].sealed, roots_context(s.id, self.number, i)
+                sealed, about = self.deposits[i].sealed, deposit_context(s.id, self.number, i)
                 body = open_sealed(derive(rho, b"roots"), 0, sealed, about)
                 roots[i] = dict(
                     zip(s.partners[i], Reader(body).blocks(len(s.partners[i]), KEY_BYTES), strict=True)
@@ -273,23 +324,21 @@ class Liar:
 
 
 def split_views(honest, left):
-    """The best that different lists of participants give a server without consistency: (G, D, dead).
+    """The most clients that are called dead with effect, where survivors may be split: [dead of each].
 
-    Places 0 … honest − 1. G is told that only itself, D and the colluders take part, and D's pairwise roots
-    are opened by calling its members dead; so that G's answers hang together alone. ``dead[i]``: whom
-    client i hears to be dead.
+    Each of the honest clients, places 0 … honest − 1, hears of at most honest − ``left`` dead, and whoever
+    ``left`` others hear to be dead has its pairwise roots opened.
     """
-    for g, p in itertools.product(range(1, honest + 1), range(left + 1, honest + 1)):
-        if p <= g:
-            continue
-        target, gone = list(range(g)), list(range(g, p))
-        room = {i: (p if i < g else honest) - left for i in range(honest)}
-        dead = {i: set() for i in range(honest)}
-        for _ in range(left):  # the members of D in turn, each from whoever has most room left
-            for j in sorted(gone, key=lambda j: sum(j in d for d in dead.values())):
-                free = [i for i in range(honest) if i != j and j not in dead[i] and len(dead[i]) < room[i]]
+    for gone in range(honest, -1, -1):
+        target = range(honest - gone, honest)
+        dead = [set() for _ in range(honest)]
+        for _ in range(left):  # the members of the target in turn, each from whoever has most room left
+            for j in sorted(target, key=lambda j: sum(j in d for d in dead)):
+                free = [
+                    i for i in range(honest) if i != j and j not in dead[i] and len(dead[i]) < honest - left
+                ]
                 if free:
-                    dead[max(free, key=lambda i: (room[i] - len(dead[i]), i in gone))].add(j)
-        if all(sum(j in d for d in dead.values()) >= left for j in gone):
-            return target, gone, dead
-    return list(range(honest)), [], {i: set() for i in range(honest)}
+                    dead[min(free, key=lambda i: (len(dead[i]), i in target))].add(j)
+        if all(sum(j in d for d in dead) >= left for j in target):
+            return dead
+    raise AssertionError

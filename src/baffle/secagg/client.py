@@ -98,6 +98,7 @@ class _Session:
     partners: list[int]  # with whom it masks, ascending
     chains: list[bytes]  # one a partner, at round ``turned``
     turned: int
+    introduction: bytes  # hash of the others' keys, as they came
 
 
 @dataclass
@@ -182,8 +183,9 @@ class ClientSession:
         if self._session is None:
             self._session = self._establish(r)
             self._opening = None
-        else:
-            r.end()
+        # The others' keys come again where the first deposit was lost.
+        elif r.at < len(request) and hash_of(request[r.at :]) != self._session.introduction:
+            raise self._refusal("the others' keys have changed in a session that stands")
         session, own = self._session, self._secrets
         deposit = own.deposit if own is not None and own.round == round_ else self._deposit(round_)
         return tagged(session.to_server, hash_of(session.id, round_), "share", deposit)
@@ -200,7 +202,7 @@ class ClientSession:
         return int(present[:mine].sum()), count
 
     def _establish(self, r: Reader) -> _Session:
-        opening = self._begun()
+        opening, introduction = self._begun(), hash_of(r.data[r.at :])
         offer, settings = opening.offer, opening.offer.settings
         members = places(offer.members)
         present = r.flags(len(members))
@@ -255,6 +257,7 @@ class ClientSession:
             partners,
             [derive(agreed[i], b"chain", id_, min(i, place), max(i, place)) for i in partners],
             offer.first_round,
+            introduction,
         )
 
     def _checked(self, opening: _Opening, member: int, message: bytes) -> bytes:

@@ -270,7 +270,8 @@ class ServerRound:
         """Those that made a deposit and whose secrets enough others can open. Their deposits are used up."""
         s = self.session
         wanted = {s.place(name) for name in self._names if name in s.names}
-        here = {i for i in wanted if i in s.deposits}
+        deposits, s.deposits = s.deposits, {}  # for this round and no other, whatever becomes of it
+        here = {i for i in wanted if i in deposits}
         while True:  # who has too few holders left leaves, which may leave others with too few
             short = {i for i in here if sum(j in here for j in s.holders[i]) < s.settings.threshold}
             if not short:
@@ -280,9 +281,8 @@ class ServerRound:
             raise AggregationError(
                 f"round {self.round}: {len(here)} clients can take part, {s.settings.least} are needed"
             )
-        self._deposits = {i: s.deposits[i] for i in here}
+        self._deposits = {i: deposits[i] for i in here}
         self._contexts = {i: deposit_context(s.id, self.round, i) for i in here}
-        s.deposits = {}
         self._participants = np.zeros(len(s.names), bool)
         self._participants[list(here)] = True
 
