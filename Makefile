@@ -1,11 +1,12 @@
 # make demo   install, then train a network in a federation of ten clients without a backward pass
 # make test   install, then lint, type-check and test
 # make bench  install, then measure the engine against its yardsticks (a quarter of an hour);
-#             bench-check says which ratios fall short of their aims, scale draws the curves
+#             bench-check says which ratios fall short of their aims, scale draws the curves,
+#             secagg measures what secure sums cost
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-check scale clean
+.PHONY: demo test lint format bench bench-check scale secagg clean
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,7 +18,7 @@ BIN := .venv/bin
 	touch $@
 
 .venv/.bench: .venv/.demo
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[onnx]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[onnx,secure]'
 	touch $@
 
 demo: .venv/.demo
@@ -44,6 +45,10 @@ bench-check: .venv/.bench
 
 scale: .venv/.bench
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/report.py
+
+secagg: .venv/.bench
+	$(BIN)/python benchmarks/secagg.py
 	$(BIN)/python benchmarks/report.py
 
 clean:

@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import bench
+import secagg as costs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -313,6 +314,22 @@ def packages(cell: Row) -> str:
     return "".join(f" {name} {versions[name]}." for name in ("numba", "onnxruntime") if name in versions)
 
 
+def secagg(result: Row) -> list[str]:
+    cells = result["cells"]
+    versions = {cell["machine"]["versions"]["cryptography"] for cell in cells.values()}
+    marked = "* extrapolated." if any("measured_with" in cell for cell in cells.values()) else ""
+    note = f"{marked} `make secagg`. cryptography {', '.join(sorted(versions))}.".strip()
+    return [*table(costs.HEADS, costs.table(cells)), "", f"{note} {measured_on(cells)}"]
+
+
+def secagg_stages(result: Row) -> list[str]:
+    return table(costs.STAGE_HEADS, costs.stage_table(result["cells"], costs.SHOWN))
+
+
+def secagg_aims(result: Row) -> list[str]:
+    return table(costs.AIM_HEADS, costs.aim_table(result["cells"]))
+
+
 def leakage(make: Callable[[Row], tables.Table]) -> Callable[[Row], list[str]]:
     def block(result: Row) -> list[str]:
         heads, rows, note = make(result)
@@ -336,6 +353,9 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "low-rank": low_rank,
     "mnist-speed": mnist_speed,
     "scale": scale,
+    "secagg": secagg,
+    "secagg:stages": secagg_stages,
+    "secagg:aims": secagg_aims,
     **{name: leakage(make) for name, make in tables.TABLES.items()},
 }
 
