@@ -4,8 +4,8 @@
     for record in baffle.simulate(server, clients, rounds=200):
         print(record.round, record.loss)
 
-The names below are the public ones. Those that need torch are imported when they are first asked for:
-a device that runs a ``Client`` installs and imports NumPy and its own runtime, nothing more.
+The names below are the public ones. Those that need torch or cryptography are imported when they are first
+asked for: a device that runs a ``Client`` installs and imports NumPy and its own runtime, nothing more.
 """
 
 from __future__ import annotations
@@ -28,14 +28,26 @@ from baffle.terms import Terms
 if TYPE_CHECKING:
     from baffle.checkpoint import ScalarLog, load_checkpoint, replay, save_checkpoint
     from baffle.optimizers import RAdaZO
+    from baffle.privacy import Accountant
     from baffle.runtimes.torch import TorchRuntime, cross_entropy, evaluate
+    from baffle.secagg.primitives import Identity
+    from baffle.secagg.session import Policy, Roster
+    from baffle.secure import FileLedger, Protection, SecureSeal, SecureSum
     from baffle.server import Server
     from baffle.simulation import RoundRecord, random_drops, simulate
 
 _LAZY = {
+    "Accountant": "baffle.privacy",
+    "FileLedger": "baffle.secure",
+    "Identity": "baffle.secagg.primitives",
+    "Policy": "baffle.secagg.session",
+    "Protection": "baffle.secure",
     "RAdaZO": "baffle.optimizers",
+    "Roster": "baffle.secagg.session",
     "RoundRecord": "baffle.simulation",
     "ScalarLog": "baffle.checkpoint",
+    "SecureSeal": "baffle.secure",
+    "SecureSum": "baffle.secure",
     "Server": "baffle.server",
     "TorchRuntime": "baffle.runtimes.torch",
     "cross_entropy": "baffle.runtimes.torch",
@@ -49,6 +61,7 @@ _LAZY = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Accountant",
     "Aggregator",
     "BaffleError",
     "Batch",
@@ -56,8 +69,10 @@ __all__ = [
     "DifferentiableRuntime",
     "Download",
     "ExampleRuntime",
+    "FileLedger",
     "FixedPoint",
     "Gaussian",
+    "Identity",
     "IntegerSum",
     "Layout",
     "LocalTraining",
@@ -65,9 +80,12 @@ __all__ = [
     "ModelMessage",
     "Perturbation",
     "PlainSum",
+    "Policy",
     "Privacy",
+    "Protection",
     "RAdaZO",
     "Rademacher",
+    "Roster",
     "RoundPlan",
     "RoundRecord",
     "RoundResult",
@@ -76,6 +94,8 @@ __all__ = [
     "Samples",
     "ScalarLog",
     "Seal",
+    "SecureSeal",
+    "SecureSum",
     "Server",
     "Stage",
     "SteinEstimator",

@@ -30,6 +30,7 @@ from baffle.runtimes import Batch
 from baffle.runtimes.torch import TorchRuntime, cache_prefix
 from baffle.server import OptimizerFactory, SchedulerFactory, Server, averaging
 from baffle.simulation import Drops, random_drops
+from baffle.stream import derive_seed, seed_from
 from baffle.terms import Terms
 
 if TYPE_CHECKING:  # at run time, only where secure sums are asked for: they need cryptography
@@ -215,7 +216,8 @@ def _protection(
         name: SecureSeal(name, identity, roster, policy, least_noise=least_noise)
         for name, identity in identities.items()
     }
-    return SecureSum(roster, terms, protection), seals, accountant
+    job = derive_seed(seed_from(config.seed), "job")
+    return SecureSum(roster, terms, protection, job=job), seals, accountant
 
 
 def _privacy(config: TrainConfig, samples: int, clients: int, rounds: int, shares: int) -> Privacy | None:
