@@ -110,19 +110,19 @@ class _SecureTally:
         self._at: ServerSession | ServerRound | None = None
 
     def stages(self) -> Iterator[Stage]:
-        session, new = self._owner.session(self._plan, self._names)
+        plan, terms = self._plan, self._owner.terms
+        session, new = self._owner.session(plan, self._names)
         if new:
             self._at = session
-            terms = self._owner.terms.encode()
-            head = struct.pack("<I", len(terms)) + terms
+            announced = terms.encode()
+            head = struct.pack("<I", len(announced)) + announced
             for stage, requests in session.stages():
                 if stage == _ADVERTISE:
                     requests = {name: head + request for name, request in requests.items()}
                 yield Stage(stage, requests)
-        binding = binding_of(self._plan, self._owner.terms)
-        self._at = ServerRound(
-            session, self._plan.round, self._names, binding, self._owner.terms.fixed_point.ring_bits
-        )
+        binding = binding_of(plan, terms)
+        length = terms.length(plan.estimator.directions) if plan.asks_slopes else None
+        self._at = ServerRound(session, plan.round, self._names, binding, terms.fixed_point.ring_bits, length)
         yield from (Stage(*stage) for stage in self._at.stages())
 
     def add(self, name: str, answer: bytes) -> None:

@@ -216,16 +216,24 @@ class ServerSession:
 class ServerRound:
     """One round of a session: a masked sum, and the way to its opening.
 
-    ``binding`` hashes plan and terms; ``ring_bits`` is 32 or 64. Use: for each of ``stages()``, ask, ``add``
-    what comes; then ``close``. Raises AggregationError where the round cannot end in the right sum; the
-    session goes on. Memory: one vector, and some kilobytes a client.
+    ``binding`` hashes plan and terms; ``ring_bits`` is 32 or 64; ``length`` that of the vectors, by default
+    the first one's. Use: for each of ``stages()``, ask, ``add`` what comes; then ``close``. Raises
+    AggregationError where the round cannot end in the right sum; the session goes on. Memory: one vector, and
+    some kilobytes a client.
     """
 
     def __init__(
-        self, session: ServerSession, round_: int, names: Sequence[str], binding: bytes, ring_bits: int
+        self,
+        session: ServerSession,
+        round_: int,
+        names: Sequence[str],
+        binding: bytes,
+        ring_bits: int,
+        length: int | None = None,
     ) -> None:
         self.session, self.round, self._names = session, round_, names
         self._binding, self._dtype = binding, ring_dtype(ring_bits)
+        self._length = length
         self._stage = ""
         self._deposits: dict[int, Deposit] = {}
         self._blinded: dict[int, Blinded] = {}  # of the survivors
@@ -355,7 +363,7 @@ class ServerRound:
         behind = Blinded.size(holders) + (Deposit.size(holders, partners) if more else 0)
         size = len(message) - TAG_BYTES - behind
         length, odd = divmod(size, self._dtype.itemsize)
-        if size <= 0 or odd or (self._total is not None and length != len(self._total)):
+        if size <= 0 or odd or length != (self._length or length):
             raise MessageError(f"client {name}: a masked vector of {size} bytes")
         context = round_context(
             s.id, self.round, bits(self._participants), self._binding, 8 * self._dtype.itemsize, length
@@ -368,7 +376,7 @@ class ServerRound:
             s.deposits[place] = s.read_deposit(place, r)
         r.end()
         if self._total is None:
-            self._total, self._context = vector.copy(), context
+            self._total, self._context, self._length = vector.copy(), context, length
             self._survivors = np.zeros(len(s.names), bool)
         else:
             self._total += vector
