@@ -73,17 +73,19 @@ def of(clients: int, worlds: int, **more: Any) -> dict[str, Cell]:
     }
 
 
+MANY: dict[str, Any] = {"worlds": 1, "steady": 2}  # what is a client's is the mean of a thousand
+
 CELLS: dict[str, Cell] = {
     **of(10, 15),
-    **of(100, 5),
-    "100 clients, 10%, ring of 32 bits": Cell(100, 0.1, ring_bits=32, worlds=5),
-    "1000 clients, 0%": Cell(1000, 0.0),
-    "1000 clients, 10%": Cell(1000, 0.1),
-    "1000 clients, 30%": Cell(1000, 0.3, corrupt=0.02, worlds=1),  # against 5 % that collude, nothing serves
-    "1000 clients, k = 48, 0%": Cell(1000, 0.0, corrupt=0.03, given=(48, 33)),
-    "1000 clients, k = 48, 5%": Cell(1000, 0.05, corrupt=0.03, given=(48, 33)),
-    "10000 clients, 0%": Cell(1000, 0.0, stands_for=10_000),
-    "10000 clients, 10%": Cell(1000, 0.1, stands_for=10_000, worlds=2),
+    **of(100, 3),
+    "100 clients, 10%, ring of 32 bits": Cell(100, 0.1, ring_bits=32),
+    "1000 clients, 0%": Cell(1000, 0.0, **MANY),
+    "1000 clients, 10%": Cell(1000, 0.1, **MANY),
+    "1000 clients, 30%": Cell(1000, 0.3, corrupt=0.02, **MANY),  # nothing serves where 5 % collude
+    "1000 clients, k = 48, 0%": Cell(1000, 0.0, corrupt=0.03, given=(48, 33), worlds=2, steady=2),
+    "1000 clients, k = 48, 5%": Cell(1000, 0.05, corrupt=0.03, given=(48, 33), worlds=2, steady=2),
+    "10000 clients, 0%": Cell(1000, 0.0, stands_for=10_000, **MANY),
+    "10000 clients, 10%": Cell(1000, 0.1, stands_for=10_000, **MANY),
     "10 clients, n = 45000": Cell(10, 0.1, values=45_000, worlds=5, directions=False),
     "100 clients, n = 45000": Cell(100, 0.1, values=45_000, directions=False),
 }
