@@ -51,7 +51,7 @@ def without_chance(label):
         mock.patch("baffle.secagg.primitives.random_bytes", tape),
         mock.patch.object(client, "random_bytes", tape),
         mock.patch.object(client, "share", functools.partial(share, random=tape)),
-        mock.patch.object(client.secrets, "SystemRandom", lambda: tape),
+        mock.patch.object(client.secrets, "SystemRandom", return_value=tape),
     ):
         yield tape
 
