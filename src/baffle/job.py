@@ -28,6 +28,7 @@ from baffle.plan import LocalTraining
 from baffle.privacy import Accountant, Privacy, Unit, calibrate
 from baffle.runtimes import Batch
 from baffle.runtimes.torch import TorchRuntime, cache_prefix
+from baffle.secagg.parameters import part
 from baffle.server import OptimizerFactory, SchedulerFactory, Server, averaging
 from baffle.simulation import Drops, random_drops
 from baffle.stream import derive_seed, seed_from
@@ -188,7 +189,7 @@ def _protection(
     if not config.secure and config.privacy is None:
         return None, {}, None
     cohort = min(config.cohort or len(names), len(names))
-    standing = cohort - int(config.max_dropout * cohort)  # answer at least
+    standing = cohort - part(config.max_dropout, cohort)  # answer at least
 
     def terms_for(shares: int) -> tuple[Terms, Accountant | None]:
         privacy = _privacy(config, sum(map(len, parts)), len(names), rounds, shares)
