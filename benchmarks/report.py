@@ -326,6 +326,11 @@ def secagg_stages(result: Row) -> list[str]:
     return table(costs.STAGE_HEADS, costs.stage_table(result["cells"], costs.SHOWN))
 
 
+def secagg_parameters(_: Row) -> list[str]:
+    note = "`python benchmarks/secagg.py --parameters`. –: no k up to 255 serves."
+    return [*table(costs.PARAMETER_HEADS, costs.parameter_table()), "", note]
+
+
 def secagg_aims(result: Row) -> list[str]:
     return table(costs.AIM_HEADS, costs.aim_table(result["cells"]))
 
@@ -356,6 +361,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "secagg": secagg,
     "secagg:stages": secagg_stages,
     "secagg:aims": secagg_aims,
+    "secagg:parameters": secagg_parameters,
     **{name: leakage(make) for name, make in tables.TABLES.items()},
 }
 

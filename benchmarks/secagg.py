@@ -3,13 +3,14 @@
     secagg.py                    measures every cell, prints the tables, keeps them in results/secagg.json
     secagg.py --only "100 "      measures the cells whose names hold these letters and keeps the others
     secagg.py --read             measures nothing: prints what is kept
+    secagg.py --parameters       measures nothing: prints what k and t are found for whom
     secagg.py --quick            ten clients alone, in seconds; keeps nothing
 
 Real clients (``SecureSeal``) and a real server (``SecureSum``) in one process, on one thread and one core:
 everything but forward passes, the plan and the model, and the network between them. In each stage all clients
 answer, then the server takes the answers; a client that drops out has worked, and its answer is lost. Every
-sum is compared, bit for bit, with one made in the clear. About seven minutes on a core that has nothing else
-to do.
+sum is compared, bit for bit, with one made in the clear. About a quarter of an hour on a core that has
+nothing else to do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from statistics import median
@@ -31,6 +32,7 @@ from bench import FILE, apart, commit, machine, rounded
 from numpy.typing import NDArray
 
 from baffle import SteinEstimator
+from baffle.errors import ConfigError
 from baffle.fixedpoint import FixedPoint
 from baffle.plan import LocalTraining, RoundPlan, RoundResult
 from baffle.secagg import parameters
@@ -401,6 +403,33 @@ def aim_table(cells: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def parameter_table(clients: Sequence[int] = (5, 10, 30, 100, 300, 1000, 10_000)) -> list[tuple[str, ...]]:
+    """What ``find`` gives: a line for each number of clients and fraction that colludes."""
+
+    def entry(count: int, corrupt: float, dropout: float) -> str:
+        try:
+            found = Protection(corrupt, dropout).settings(count)
+        except ConfigError:
+            return "–"
+        policy = Protection(corrupt, dropout).policy
+        figures = (
+            found.holders(count),
+            found.threshold,
+            policy.colluders(found, count, count),
+            policy.check(found, count, count),
+        )
+        return ", ".join(map(str, figures)) + (", confirm" if found.consistency else "")
+
+    return [
+        (f"{count:,}", f"{corrupt:.0%}", *(entry(count, corrupt, dropout) for dropout in (0.0, 0.1, 0.3)))
+        for count in clients
+        for corrupt in (0.02, 0.05, 0.1, 0.2)
+    ]
+
+
+PARAMETER_HEADS = ("clients", "colluding", "dropouts 0%: k, t, c, hidden", "10%", "30%")
+
+
 # Measuring
 
 
@@ -420,15 +449,25 @@ def this_machine() -> dict[str, Any]:
     return found
 
 
+def show(heads: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:
+    for line in (heads, *lines) if lines else ():
+        print(f"{line[0]:34}" + "".join(f"  {entry:>20}" for entry in line[1:]))
+    print()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="letters that the names of the cells to measure hold")
     parser.add_argument("--read", action="store_true", help="measure nothing: take what is kept")
+    parser.add_argument("--parameters", action="store_true", help="print k and t for numbers of clients")
     parser.add_argument("--quick", action="store_true", help="ten clients alone; keeps nothing")
     parser.add_argument("--cell", choices=CELLS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
         print(json.dumps(rounded(measure(CELLS[options.cell]))))
+        return 0
+    if options.parameters:
+        show(PARAMETER_HEADS, parameter_table())
         return 0
     cells = {"10 clients, 10%": measure(QUICK)} if options.quick else read()
     for name in [] if options.quick or options.read else [name for name in CELLS if options.only in name]:
@@ -437,14 +476,9 @@ def main() -> int:
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         cells[name] = {**found, "load": round(load, 1), "commit": commit(), "machine": this_machine()}
         keep(cells)
-    for heads, lines in (
-        (HEADS, table(cells)),
-        (STAGE_HEADS, stage_table(cells)),
-        (AIM_HEADS, aim_table(cells)),
-    ):
-        for line in (heads, *lines) if lines else ():
-            print(f"{line[0]:36}" + "".join(f"{cell:>18}" for cell in line[1:]))
-        print()
+    show(HEADS, table(cells))
+    show(STAGE_HEADS, stage_table(cells))
+    show(AIM_HEADS, aim_table(cells))
     return 0
 
 

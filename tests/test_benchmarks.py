@@ -19,6 +19,7 @@ import cells  # noqa: E402
 import measurements  # noqa: E402
 import report  # noqa: E402
 import scale  # noqa: E402
+import secagg  # noqa: E402
 import yardsticks  # noqa: E402
 
 TINY = {"data": "digits", "model": "mlp", "clients": 3, "rounds": 4, "directions": 3, "evaluate_every": 2}
@@ -300,3 +301,79 @@ def test_curves_are_drawn_and_printed(tmp_path):
     scale.draw({}, tmp_path / "none.png")
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
     assert len(report.BLOCKS["scale"]({"curves": curves})) == 2 + 2 * len(scale.CURVES) + 2
+
+
+# What secure sums cost
+
+
+def test_the_cost_of_secure_sums_by_stage():
+    cell = secagg.measure(secagg.QUICK)
+    assert list(cell["first"]["stages"]) == ["open", "advertise", "share", "answer", "unmask", "close"]
+    ring, deposit = 8 * 501, 32 * 9 + 16 + 9 * (16 + 48)
+    answer = cell["steady"]["stages"]["answer"]
+    assert answer["up"] == ring + 32 + 9 * (32 + 16) + deposit + 16
+    assert answer["down"] == 8 + 2 + 9 * 48
+    assert cell["first"]["stages"]["share"]["up"] == deposit + 16
+    assert cell["steady"]["stages"]["share"]["up"] == (deposit + 16) / 10  # one of ten lost its answer
+    for kind in ("first", "steady"):
+        total = cell[kind]["total"]
+        assert all(0 < figure["min"] <= figure["median"] for figure in total.values())
+    cells = {"10 clients, 10%": {**cell, **STAMP_OF_COSTS}}
+    for name in (name for name in report.BLOCKS if name.startswith("secagg")):
+        assert report.BLOCKS[name]({"cells": cells})[0].startswith("|")
+
+
+STAMP_OF_COSTS = {"commit": "0000000", "machine": secagg.this_machine()}
+
+
+def test_a_secure_sum_that_is_not_the_plain_one_is_no_measurement(monkeypatch):
+    federation = secagg.Federation(secagg.QUICK)
+    seal = next(iter(federation.seals.values()))
+    reply = seal.reply
+
+    def cheat(stage, request, plan, measure):
+        return reply(stage, request, plan, lambda terms: measure(terms) + np.uint64(1))
+
+    monkeypatch.setattr(seal, "reply", cheat)
+    with pytest.raises(ArithmeticError, match="not the plain one"):
+        federation.go()
+
+
+def test_ten_thousand_clients_are_scaled_by_neighbours_and_clients():
+    stage = dict.fromkeys(secagg.FIGURES, 1.0)
+    total = {figure: {"median": 1.0, "min": 1.0} for figure in secagg.FIGURES}
+    kinds = {kind: {"stages": {"answer": dict(stage)}, "total": total} for kind in secagg.ROUNDS}
+    found = {"k": 96, "t": 64, "clients": 1000, "corrupt": 0.05, "dropout": 0.1}
+    scaled = secagg.extrapolated(json.loads(json.dumps({**found, **kinds})), 10_000)
+    neighbours = (2 - 96 / 9999) / (2 - 96 / 999)
+    answer = scaled["steady"]["stages"]["answer"]
+    assert answer["client_cpu"] == pytest.approx(neighbours)
+    assert answer["server_cpu"] == pytest.approx(10 * neighbours)
+    assert answer["down"] == pytest.approx(neighbours + 9000 / 8)
+    assert scaled["first"]["total"]["down"]["median"] == pytest.approx(neighbours + 4 * 9000 / 8)
+    assert (scaled["clients"], scaled["measured_with"]) == (10_000, 1000)
+
+
+def test_aims_are_compared_in_milliseconds_and_seconds():
+    total = {figure: {"median": 0.025, "min": 0.02} for figure in secagg.FIGURES}
+    kinds = {kind: {"stages": {}, "total": total} for kind in secagg.ROUNDS}
+    first, steady = secagg.aim_table({"100 clients, 0%": kinds})
+    assert first == (
+        "100 clients, 0%",
+        "first",
+        "50",
+        "25",
+        "25",
+        "2.00, 2.00",
+        "0.4",
+        "0.025",
+        "0.025",
+        "16.00, 16.00",
+    )
+    assert steady[1] == "steady"
+
+
+def test_parameters_are_those_that_clients_accept_and_a_dash_where_none_serve():
+    lines = secagg.parameter_table(clients=(10, 1000))
+    assert ("1,000", "5%", "18, 18, 13, 109, confirm", "78, 52, 24, 297, confirm", "–") in lines
+    assert lines[1] == ("10", "5%", "9, 9, 0, 9", "9, 8, 0, 8", "9, 6, 0, 4")
