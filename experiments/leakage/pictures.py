@@ -48,8 +48,7 @@ def membership_picture(result: dict[str, Any]) -> None:
     for axes in grid[-1]:
         axes.set_xticks(addends, [str(a) for a in addends])
         axes.set_xlabel("examples in the visible sum", fontsize=9)
-    for axes in grid[0]:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="upper right")
     figure.tight_layout()
     figure.savefig(RESULTS / "membership.png", dpi=150)
     plt.close(figure)
