@@ -10,6 +10,7 @@ this protects, and against whom not.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -206,6 +207,8 @@ class FileLedger:
     def _read(self, number: int, line: bytes) -> None:
         try:
             job, round_, asked = line.decode("ascii").split(" ")
+            if len(job) != 2 * KEY_BYTES or len(asked) != 2 * KEY_BYTES:
+                raise ValueError
             self._known.record(bytes.fromhex(job), int(round_), bytes.fromhex(asked))
         except (ValueError, SecurityError) as error:
             raise DataError(f"the ledger {self._path} is damaged at line {number + 1}") from error
@@ -213,11 +216,14 @@ class FileLedger:
     def record(self, job: bytes, round_: int, asked: bytes) -> None:
         self._known.check(job, round_, asked)
         line = f"{job.hex()} {round_} {asked.hex()}\n".encode()
+        size = os.fstat(self._file).st_size
         try:
             if os.write(self._file, line) != len(line):
                 raise OSError(0, "the disk is full")
             os.fsync(self._file)
         except OSError as error:
+            with contextlib.suppress(OSError):  # what was written of the line would be taken for the next one
+                os.ftruncate(self._file, size)
             raise DataError(f"cannot write the ledger {self._path}: {error.strerror}") from error
         self._known.record(job, round_, asked)
 

@@ -308,10 +308,11 @@ class ServerRound:
 
     def _check_survivors(self) -> None:
         s, count = self.session, int(self._survivors.sum()) if self._total is not None else 0
-        if count < s.settings.least:
+        needed = max(s.settings.least, s.settings.threshold + 1)  # nobody holds shares of its own
+        if count < needed:
             raise AggregationError(
                 f"round {self.round}: {count} of {int(self._participants.sum())} clients answered, "
-                f"{s.settings.least} are needed: nothing was opened"
+                f"{needed} are needed: nothing was opened"
             )
 
     def _owners_of(self, holder: int) -> list[int]:
