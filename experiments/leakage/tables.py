@@ -168,6 +168,18 @@ def inversion(result: Result) -> Table:
     return heads, rows, note
 
 
+def inversion_psnr(result: Result) -> Table:
+    """The same in short: PSNR alone, a column for each network and number of examples."""
+    cases = [f"{network}, {examples}" for network, examples, _ in result["cases"]]
+    found: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        what = f"{row['upload']}, {row['attack']} matching" if row["upload"] else f"none: {row['attack']}"
+        found.setdefault(what, {})[f"{row['network']}, {row['examples']}"] = plus_minus(row["psnr"], 1)
+    rows = [(what, *(figures[case] for case in cases)) for what, figures in found.items()]
+    note = "PSNR of the reconstruction, dB, ± standard error over clients; columns: network, examples."
+    return ("upload, attack", *cases), rows, f"{note} {COMMAND.format('inversion')}"
+
+
 def plus_minus(figure: tuple[float, float], digits: int) -> str:
     return f"{figure[0]:.{digits}f} ± {figure[1]:.{digits}f}"
 
@@ -180,4 +192,5 @@ TABLES: dict[str, Callable[[Result], Table]] = {
     "leakage-membership:noise": noise,
     "leakage-membership:controls": controls,
     "leakage-inversion": inversion,
+    "leakage-inversion:psnr": inversion_psnr,
 }
