@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shlex
 import signal
@@ -208,7 +209,12 @@ def _spent(config: TrainConfig, last: dict[str, Any]) -> str:
         "" if config.secure else ", towards whoever sees the sums; the server itself sees each client's share"
     )
     lines = "".join(f"\n  - {sentence}" for sentence in not_covered())
-    return f"\nε = {last['epsilon']:.3g} at δ = {config.delta:g} for {unit}{seen}. Not covered:{lines}"
+    return f"\nε = {_epsilon(last):.3g} at δ = {config.delta:g} for {unit}{seen}. Not covered:{lines}"
+
+
+def _epsilon(last: dict[str, Any]) -> float:
+    """ε at the last look. A record has null where it is infinite."""
+    return math.inf if last.get("epsilon") is None else float(last["epsilon"])
 
 
 @contextmanager
@@ -331,7 +337,7 @@ def _comparison(run: RunFolder) -> tuple[str, ...]:
         _bytes(sum(row["bytes_down"] for row in rows)),
         _bytes(sum(row["bytes_up"] for row in rows)),
         f"{rows[-1]['elapsed']:.0f}",
-        f"{last['epsilon']:.3g}" if last.get("epsilon") is not None else "–",
+        f"{_epsilon(last):.3g}" if run.config().privacy else "–",
     )
 
 

@@ -76,6 +76,8 @@ def resume(
         return folder
     job = build(folder.config())
     events = _tensorboard() if tensorboard else None
+    if job.accountant is not None:
+        _note_resume(folder)
     try:
         if folder.checkpoint.exists() or folder.metrics():
             load_checkpoint(folder.checkpoint, job.server)
@@ -86,6 +88,23 @@ def resume(
     except (CheckpointError, DataError) as error:
         raise CheckpointError(f"{error}; to begin anew: --config {path / 'config.toml'}") from error
     return _run(job, folder, report, stop, events)
+
+
+def _note_resume(folder: RunFolder) -> None:
+    """On disk before anybody is asked: the round that was interrupted may have been answered, and is asked
+    again, with other noise. So it counts twice.
+    """
+    try:
+        with _resumes(folder).open("ab") as file:
+            file.write(b"+")
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"cannot write {_resumes(folder)}: {error.strerror}") from error
+
+
+def _resumes(folder: RunFolder) -> Path:
+    """One byte for each time that a private run was gone on with."""
+    return folder.path / "resumes"
 
 
 def _has_log(config: TrainConfig) -> bool:
@@ -102,15 +121,16 @@ def _run(job: Job, folder: RunFolder, report: Report, stop: Callable[[], bool], 
 
 def _rounds(job: Job, folder: RunFolder, report: Report, stop: Callable[[], bool], writer: Any) -> RunFolder:
     config, server, totals = job.config, job.server, _Totals(folder.metrics())
+    again = _resumes(folder).stat().st_size if _resumes(folder).exists() else 0
     started, first = time.perf_counter(), server.round
     for record in simulate(server, job.clients, rounds=job.rounds, cohort=config.cohort, drops=job.drops):
         done = record.round + 1
         looks = done % config.evaluate_every == 0 or done == job.rounds
         row = record.as_dict()
         if job.accountant is not None:
-            row["rounds_asked"] = totals.asked + 1
+            row["rounds_asked"] = done + again
             if looks:
-                row["epsilon"] = job.accountant.epsilon(totals.asked + 1, config.delta)
+                row["epsilon"] = job.accountant.epsilon(done + again, config.delta)
         if looks:
             row |= _evaluate(job)
         row["elapsed"] = totals.elapsed + time.perf_counter() - started
@@ -157,19 +177,15 @@ class _Totals:
         self.accuracy: float | None = None
         self.ema_accuracy: float | None = None
         self.epsilon: float | None = None
-        self.asked = 0  # rounds that spent some of ε
         for row in rows:
             self.add(row)
             self.elapsed = float(row["elapsed"])
-        if self.asked:
-            self.asked += 1  # the round that was interrupted may have been answered: it counts twice
         self._before = self.forward_passes
 
     def add(self, row: dict[str, Any]) -> None:
         self.forward_passes += row["forward_passes"]
         self.bytes_down += row["bytes_down"]
         self.bytes_up += row["bytes_up"]
-        self.asked = row.get("rounds_asked", self.asked)
         self.epsilon = row.get("epsilon", self.epsilon)
         self.accuracy = row.get("test_accuracy", self.accuracy)
         self.ema_accuracy = row.get("ema_accuracy", self.ema_accuracy)
@@ -209,5 +225,9 @@ def _write_events(writer: Any, progress: Progress, row: dict[str, Any]) -> None:
     for name in ("test_accuracy", "ema_accuracy", "test_loss", "ema_loss"):
         if name in row:
             writer.add_scalar(name.replace("_", "/", 1), row[name], progress.round)
+    if "epsilon" in row:
+        writer.add_scalar("epsilon", row["epsilon"], progress.round)
+    if "epsilon" in row:
+        writer.add_scalar("privacy/epsilon", row["epsilon"], progress.round)
     for name in ("forward_passes", "bytes_down", "bytes_up"):
         writer.add_scalar(f"total/{name}", getattr(progress, name), progress.round)
