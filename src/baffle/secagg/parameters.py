@@ -160,7 +160,8 @@ def find(
     taken where it is needed, and where it is asked for.
 
     2·log2(C) holders, as sometimes advised, are too few against a server that lies: with 20 of 1000 clients
-    and a tenth colluding, no threshold hides anybody for certain.
+    and a tenth colluding, only the thresholds 19 and 20 hide anybody for certain, and three or four clients
+    at that; they leave no room for dropouts.
 
     Raises ConfigError where at most 255 holders do not serve.
     """
