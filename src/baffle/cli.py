@@ -242,7 +242,14 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 def _display() -> Iterator[Callable[[Progress], None]]:
     """A live line on a terminal, plain lines elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda p: print(_plain(p), flush=True) if p.evaluated else None
+
+        def say(p: Progress) -> None:
+            if p.aborted:
+                print(f"no step: {p.aborted}", file=sys.stderr, flush=True)
+            if p.evaluated:
+                print(_plain(p), flush=True)
+
+        yield say
         return
     from tqdm import tqdm
 
@@ -252,6 +259,8 @@ def _display() -> Iterator[Callable[[Progress], None]]:
             if bar.total is None:
                 bar.total, bar.initial = p.rounds, p.round - 1
                 bar.n = p.round - 1
+            if p.aborted:
+                bar.write(f"no step: {p.aborted}", file=sys.stderr)
             bar.set_postfix_str(_figures(p), refresh=False)
             bar.update(1)
 

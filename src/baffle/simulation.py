@@ -89,7 +89,7 @@ def simulate(
                 if stage is None and sent.weights:
                     total = tally.close()
             except (AggregationError, SecurityError) as error:
-                stage, aborted = None, str(error)
+                stage, aborted = None, f"{error} ({sent.refusal})" if sent.refusal else str(error)
             if stage is None:
                 break
             for name, answer in sent.ask(stage):
@@ -127,6 +127,7 @@ class _InProcess:
         self._stands_for = _bytes_of_slopes(plan)
         self._told: set[str] = set()  # who has the plan
         self.down = self.up = self.passes = 0
+        self.refusal: str | None = None  # why the first client refused, if one did
         self.losses: list[float] = []  # of those whose answer arrived ...
         self.weights: list[int] = []  # ... and their N_c
 
@@ -138,7 +139,11 @@ class _InProcess:
         self._told.update(requests)
         for name in sorted(requests):
             client = self._clients[name]
-            answer = client.reply(stage.name, requests[name], self._download)
+            try:
+                answer = client.reply(stage.name, requests[name], self._download)
+            except SecurityError as error:  # as everywhere, a client that refuses is one that does not answer
+                self.refusal = self.refusal or str(error)
+                continue
             size = len(answer)
             if answering:
                 self.passes += client.observed.forward_passes

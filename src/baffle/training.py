@@ -39,6 +39,7 @@ class Progress:
     forwards_per_second: float
     evaluated: bool  # this round looked at the test set
     epsilon: float | None = None  # spent so far, at the config's δ; None without privacy
+    aborted: str | None = None  # why this round gave no sum
 
 
 def train(
@@ -208,6 +209,7 @@ class _Totals:
             forwards_per_second=(self.forward_passes - self._before) / seconds,
             evaluated=evaluated,
             epsilon=self.epsilon,
+            aborted=record.aborted,
         )
 
 
