@@ -289,25 +289,33 @@ def summary(rows: list[Cost]) -> dict[str, Any]:
 def extrapolated(found: dict[str, Any], clients: int) -> dict[str, Any]:
     """From 1000 clients that have the k and t of more: what is each client's grows with its neighbours.
 
-    Among few clients more of those that one chose have chosen it too. All of a client's work and bytes is
-    scaled by its number of neighbours, which is too much for the half that is due to its k holders, and the
-    lists with a bit for each client are lengthened; the server's work is scaled by the clients too.
+    Among few clients more of those that one chose have chosen it too. From the stage share on, a client's
+    work and bytes but the vector's are scaled by its number of neighbours, which is too much for what is due
+    to its k holders alone, and lists with a bit for each client are lengthened; the server's work is scaled
+    by the clients too.
     """
     k, few = int(found["k"]), int(found["clients"])
     each = (2 - k / (clients - 1)) / (2 - k / (few - 1))  # neighbours of one: 2k − k²/(n − 1)
+    vector = (found["values"] + 1) * found["ring_bits"] / 8
 
-    def more(figure: str, value: float, lists: int) -> float:
-        server, down = figure.startswith("server"), figure == "down"
-        return value * each * (clients / few if server else 1.0) + down * lists * (clients - few) / 8
+    def more(kind: str, stage: str, figure: str, value: float) -> float:
+        paired = 1.0 if stage in ("open", "advertise", "choose") else each
+        if figure.startswith("server"):
+            return value * paired * clients / few
+        if figure == "down":
+            listed = stage in (("advertise", "choose", "share", "answer") if kind == "first" else ("answer",))
+            return value * paired + listed * (clients - few) / 8
+        kept = vector if (stage, figure) == ("answer", "up") else 0.0
+        return (value - kept) * paired + kept
 
     for kind in ROUNDS:
-        listed = {"advertise", "choose", "share", "answer"} if kind == "first" else {"answer"}
-        for name, stage in found[kind]["stages"].items():
-            for figure in FIGURES:
-                stage[figure] = more(figure, stage[figure], int(name in listed))
+        stages = found[kind]["stages"]
+        before = {figure: sum(row[figure] for row in stages.values()) for figure in FIGURES}
+        for name, row in stages.items():
+            row.update({figure: more(kind, name, figure, row[figure]) for figure in FIGURES})
         for figure, total in found[kind]["total"].items():
-            for which in total:
-                total[which] = more(figure, total[which], len(listed))
+            factor = sum(row[figure] for row in stages.values()) / before[figure]
+            total.update({which: factor * value for which, value in total.items()})
     policy = Protection(found["corrupt"], found["dropout"]).policy
     settings = Settings(k, found["t"], True)
     return found | {

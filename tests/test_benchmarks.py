@@ -340,17 +340,22 @@ def test_a_secure_sum_that_is_not_the_plain_one_is_no_measurement(monkeypatch):
 
 
 def test_ten_thousand_clients_are_scaled_by_neighbours_and_clients():
-    stage = dict.fromkeys(secagg.FIGURES, 1.0)
-    total = {figure: {"median": 1.0, "min": 1.0} for figure in secagg.FIGURES}
-    kinds = {kind: {"stages": {"answer": dict(stage)}, "total": total} for kind in secagg.ROUNDS}
+    stages = {name: dict.fromkeys(secagg.FIGURES, 5000.0) for name in ("advertise", "answer")}
+    total = {figure: {"median": 10_000.0, "min": 5000.0} for figure in secagg.FIGURES}
+    kinds = {kind: {"stages": stages, "total": total} for kind in secagg.ROUNDS}
     found = {"k": 96, "t": 64, "clients": 1000, "corrupt": 0.05, "dropout": 0.1}
+    found |= {"values": 500, "ring_bits": 64}
     scaled = secagg.extrapolated(json.loads(json.dumps({**found, **kinds})), 10_000)
     neighbours = (2 - 96 / 9999) / (2 - 96 / 999)
-    answer = scaled["steady"]["stages"]["answer"]
-    assert answer["client_cpu"] == pytest.approx(neighbours)
-    assert answer["server_cpu"] == pytest.approx(10 * neighbours)
-    assert answer["down"] == pytest.approx(neighbours + 9000 / 8)
-    assert scaled["first"]["total"]["down"]["median"] == pytest.approx(neighbours + 4 * 9000 / 8)
+    advert, answer = (scaled["steady"]["stages"][name] for name in ("advertise", "answer"))
+    assert (advert["client_cpu"], advert["up"], advert["server_cpu"]) == (5000, 5000, 50_000)
+    assert answer["client_cpu"] == pytest.approx(5000 * neighbours)
+    assert answer["server_cpu"] == pytest.approx(50_000 * neighbours)
+    assert answer["up"] == pytest.approx(4008 + 992 * neighbours)
+    assert answer["down"] == pytest.approx(5000 * neighbours + 9000 / 8)
+    first = scaled["first"]["total"]["down"]
+    assert first["median"] == pytest.approx(5000 * (1 + neighbours) + 2 * 9000 / 8)
+    assert first["min"] == pytest.approx(first["median"] / 2)
     assert (scaled["clients"], scaled["measured_with"]) == (10_000, 1000)
 
 
