@@ -95,7 +95,7 @@ QUICK = Cell(10, 0.1, worlds=1, steady=2)
 
 SHOWN = tuple(f"{count} clients, 10%" for count in (10, 100, 1000))  # stage by stage, in the document
 
-# What another implementation took for a round of the same size, keys included: ms a client, s on the server.
+# What was to be beaten, for a round with its keys: ms a client, s on the server.
 AIMS: dict[str, tuple[float, float]] = {
     **dict.fromkeys((f"100 clients, {part}%" for part in (0, 10, 30)), (50.0, 0.4)),
     **dict.fromkeys((f"1000 clients, k = 48, {part}%" for part in (0, 5)), (21.0, 1.0)),
@@ -104,7 +104,7 @@ AIMS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Given(Protection):
-    """A protection with a k and t that somebody named."""
+    """A protection with a k and t that are not found for it."""
 
     k: int = 0
     t: int = 0
@@ -397,7 +397,7 @@ def stage_table(cells: dict[str, Any], names: Collection[str] = ()) -> list[tupl
 
 
 def aim_table(cells: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Beside another implementation: how many times less is needed here."""
+    """Beside what was to be beaten: how many times less it is."""
     lines = []
     for name, aims in AIMS.items():
         for kind in ROUNDS if name in cells else ():
