@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from baffle.aggregation import ANSWER, IntegerSum, PlainSum
 from baffle.client import Client, Download
@@ -677,3 +679,48 @@ def test_a_level_that_one_client_reaches_alone_is_not_shown():
     assert records[0].total is None or not np.allclose(
         records[0].total.values[2:], answer.values[2:], atol=1e-6
     )
+
+
+def test_clients_that_start_again_do_not_stop_a_job_for_the_rest_of_a_session():
+    """Half of them lose their keys after round 0: a round or two may be lost, and the next has new keys."""
+    members, aggregator = seals(), SecureSum(ROSTER, terms(), replace(PROTECTION, rounds=100))
+    sums = []
+    for number in range(4):
+        plan = changed_plan(round=number)
+        with contextlib.suppress(AggregationError):
+            drive(aggregator.open(plan, list(SIZES)), members, plan, measured_by(plan), refused={})
+            sums.append(number)
+        if number == 0:
+            members.update({name: seal(name) for name in list(SIZES)[:4]})
+    assert sums[0] == 0
+    assert 3 in sums
+
+
+def measured_by(plan):
+    return lambda name, found: found.prepare(plan, VALUES, SIZES[name])
+
+
+garbage = st.binary(max_size=200)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_garbage_to_a_seal_ends_in_an_error_of_ours(data):
+    """Before a session, in one, and with requests that were true before they were changed."""
+    one, tally = seals(), SecureSum(ROSTER, terms(), PROTECTION).open(PLAN, list(SIZES))
+    seen = data.draw(st.sampled_from(["advertise", "share", "answer", "unmask"]))
+    where, what = data.draw(st.integers(0, 10**6)), data.draw(garbage)
+    for stage in tally.stages():
+        for name, request in stage.requests.items():
+            if stage.name == seen and name == "c2":
+                at = where % (len(request) + 1)
+                for changed in (what, request[:at], request[:at] + what, request[:at] + what + request[at:]):
+                    if changed == request:
+                        continue
+                    with contextlib.suppress(BaffleError):
+                        one[name].reply(stage.name, changed, PLAN, lambda t: measured("c2", t))
+            with contextlib.suppress(BaffleError):
+                answer = one[name].reply(stage.name, request, PLAN, lambda t, n=name: measured(n, t))
+                tally.add(name, answer)
+    with contextlib.suppress(AggregationError):
+        tally.close()

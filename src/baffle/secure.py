@@ -32,6 +32,7 @@ from baffle.secagg.session import Policy, Roster, Settings
 from baffle.terms import Terms
 
 _ADVERTISE = "advertise"
+_PATIENCE = 2  # rounds in a row without a sum, before keys are agreed on anew
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class SecureSum:
         self.roster, self.terms, self.job = roster, terms, job
         self.protection = protection or Protection()
         self._session: ServerSession | None = None
+        self.lost = 0  # rounds in a row that gave no sum
 
     def open(self, plan: RoundPlan, names: Sequence[str]) -> Tally:
         self.terms.check_plan(plan)
@@ -90,9 +92,13 @@ class SecureSum:
         return _SecureTally(self, plan, names)
 
     def session(self, plan: RoundPlan, names: Sequence[str]) -> tuple[ServerSession, bool]:
-        """The session that serves a round, and whether its keys are still to be agreed on."""
-        if self._session is not None and self._session.serves(plan.round, names):
+        """The session that serves a round, and whether its keys are still to be agreed on.
+
+        Clients that started again have lost theirs. One lost round may be a liar's, who is left out then.
+        """
+        if self._session is not None and self.lost < _PATIENCE and self._session.serves(plan.round, names):
             return self._session, False
+        self.lost = 0
         self._session = ServerSession(
             self.roster,
             names,
@@ -113,6 +119,7 @@ class _SecureTally:
     def stages(self) -> Iterator[Stage]:
         plan, terms = self._plan, self._owner.terms
         session, new = self._owner.session(plan, self._names)
+        self._owner.lost += 1
         if new:
             self._at = session
             announced = terms.encode()
@@ -135,7 +142,9 @@ class _SecureTally:
         if not isinstance(self._at, ServerRound):
             raise AggregationError(f"round {self._plan.round}: the stages did not run to their end")
         residues, survivors = self._at.close()
-        return self._owner.terms.total(self._plan, residues, len(survivors))
+        total = self._owner.terms.total(self._plan, residues, len(survivors))
+        self._owner.lost = 0
+        return total
 
 
 def binding_of(plan: RoundPlan, terms: Terms) -> bytes:

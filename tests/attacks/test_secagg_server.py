@@ -787,3 +787,33 @@ def test_too_few_answers_end_in_a_reason():
         world.round(0, vectors)
     world.drop({})
     assert world.round(1, vectors)[1] == world.names
+
+
+# -- what is not stopped -------------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(strict=True, reason="a fraction of the members colludes, and the server says who is one")
+def test_a_server_that_invites_its_friends_learns_nothing():
+    """Of twenty clients two collude, a tenth as the policy says; the server invites them and client 0 alone.
+
+    A policy that counted the colluders among the roster, not among those invited, would refuse.
+    """
+    world = World(Protection().settings(20), 20, Protection().policy)
+    invited = ["c000", "c018", "c019"]
+    server = ServerSession(
+        world.roster,
+        invited,
+        Protection().settings(3),
+        Protection().policy,
+        job=JOB,
+        first_round=0,
+        binding=TERMS,
+    )
+    world.server = server
+    world.agree()
+    vectors = draw(np.random.default_rng(0), world.names, 4, np.uint64)
+    try:
+        found, _ = world.round(0, vectors, invited)
+    except AggregationError:
+        return
+    assert not np.array_equal(found - vectors["c018"] - vectors["c019"], vectors["c000"])
