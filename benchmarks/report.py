@@ -2,13 +2,14 @@
 
 A block between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, docs/results.md or docs/performance.md is
 made again from benchmarks/results/NAME.json (of `a:b`, from a.json), so that no figure is typed by hand.
-Blocks `leakage-...`, for docs/privacy.md, come from experiments/leakage/results and its tables.py.
+Blocks `leakage-...` come from experiments/leakage/results and its tables.py, `privacy-cost` from its folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ DOCUMENTS = tuple(
     ROOT / name for name in ("README.md", "docs/results.md", "docs/performance.md", "docs/privacy.md")
 )
 LEAKAGE = ROOT / "experiments" / "leakage"
+PRIVACY_COST = ROOT / "experiments" / "privacy_cost"
 
 sys.path.append(str(LEAKAGE))
 import tables  # noqa: E402
@@ -343,6 +345,23 @@ def leakage(make: Callable[[Row], tables.Table]) -> Callable[[Row], list[str]]:
     return block
 
 
+def privacy_cost(result: Row) -> list[str]:
+    rows = []
+    for target in sorted({row["target"] or math.inf for row in result["rows"]}, reverse=True):
+        found = [row for row in result["rows"] if (row["target"] or math.inf) == target]
+        spent = "none" if target == math.inf else f"{max(row['epsilon'] for row in found):.3g}"
+        best_of = [100 * max(row["accuracy"], row["ema"]) for row in found]
+        error = f" ± {stdev(best_of) / len(best_of) ** 0.5:.2f}" if len(best_of) > 1 else ""
+        rows.append((spent, f"{fmean(best_of):.2f}{error}", len(found)))
+    heads = ("ε", "test accuracy, % (± standard error)", "runs")
+    note = (
+        f"MNIST, MLP, 10 clients, {result['rounds']} rounds, K = 100, secure sums, each example clipped to "
+        f"{result['clip']:g}, δ = {result['delta']:g}; the better of the weights and their moving average. "
+        "`python experiments/privacy_cost/run.py --data DIR`."
+    )
+    return [*table(heads, rows), "", f"{note} {machine({'machine': result['printed_on']})}"]
+
+
 BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "demo": demo,
     "mnist-table": mnist_table,
@@ -362,6 +381,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "secagg:stages": secagg_stages,
     "secagg:aims": secagg_aims,
     "secagg:parameters": secagg_parameters,
+    "privacy-cost": privacy_cost,
     **{name: leakage(make) for name, make in tables.TABLES.items()},
 }
 
@@ -394,6 +414,7 @@ def rendered(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         name = match[1]
         folder = LEAKAGE / "results" if name in tables.TABLES else RESULTS
+        folder = PRIVACY_COST / "results" if name == "privacy-cost" else folder
         file = folder / f"{name.split(':')[0]}.json"
         lines = BLOCKS[name](json.loads(file.read_text())) if file.exists() else ["Not measured yet."]
         return "\n".join([f"<!-- {name} -->", *lines, f"<!-- /{name} -->"])

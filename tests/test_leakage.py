@@ -79,6 +79,9 @@ def test_a_command_runs_and_its_tables_hold_its_figures(command, nothing_kept, m
     if command == "inversion":
         errors = {(r["examples"], r["upload"], r["attack"]): r["mse"][0] for r in content["rows"]}
         assert errors[1, "K = 80", "slopes"] < 0.01 * errors[1, None, "class mean"]
+    if command == "collusion":
+        threshold, rounds = content["threshold"], content["rounds"]
+        assert all(row["exact"] == rounds * (row["colluders"] >= threshold) for row in content["rows"])
     if command == "membership":
         assert all(c["positive"]["auc"] == 1.0 for c in content["controls"])
         assert all(c["named"]["right"] == c["positive"]["uploads"] for c in content["controls"])

@@ -88,6 +88,25 @@ def figure5_picture(drawn: dict[str, dict[str, Floats]]) -> None:
     plt.close(figure)
 
 
+def collusion_picture(result: dict[str, Any]) -> None:
+    """What colluders get of one client's upload, by their number."""
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    x = [row["colluders"] for row in result["rows"]]
+    exact = [row["exact"] / result["rounds"] for row in result["rows"]]
+    y, e = ([row[key] for row in result["rows"]] for key in ("correlation", "correlation_error"))
+    axes.errorbar(x, y, yerr=2 * np.array(e), color=REAL, label="correlation with the upload", capsize=2)
+    axes.plot(x, exact, "o", color=NOISE, markersize=5, label="share of rounds with the exact upload")
+    axes.axvline(result["threshold"] - 0.5, color=MUTED, linewidth=0.8, linestyle=":")
+    axes.set_title(f"threshold {result['threshold']}", fontsize=10, loc="left")
+    axes.set_xlabel(f"clients of {result['clients']} that help the server", fontsize=9)
+    axes.set_xticks(x)
+    axes.legend(fontsize=8, frameon=False, loc="center left")
+    _clean(axes)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "collusion.png", dpi=150)
+    plt.close(figure)
+
+
 def inversion_picture(shown: dict[str, dict[str, Any]], side: int) -> None:
     """Rows: originals, each upload and attack, the baselines. Columns: eight images of each case."""
     names = list(next(iter(shown.values())))

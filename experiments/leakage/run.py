@@ -1,4 +1,4 @@
-"""What do the uploaded K numbers tell? `python experiments/leakage/run.py figure5|membership|inversion`.
+"""What do the uploaded K numbers tell? `run.py figure5|membership|collusion|inversion`.
 
 `--data DIR` names the folder that holds MNIST/raw/*-ubyte.gz. `--quick` takes seconds, needs no files and
 keeps nothing. Full runs take about ten minutes each on one core and write results/ beside this file.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-COMMANDS = ("figure5", "membership", "inversion")
+COMMANDS = ("figure5", "membership", "collusion", "inversion")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder of MNIST/raw; only --quick does without")
     parser.add_argument("--quick", action="store_true", help="a glance on the packaged digits")
     options = parser.parse_args(arguments)
-    if options.data is None and not options.quick:
+    if options.data is None and not options.quick and options.command != "collusion":
         parser.error("a full run reads MNIST: --data DIR")
     torch.set_num_threads(1)
     importlib.import_module(options.command).run(None if options.quick else options.data, options.quick)

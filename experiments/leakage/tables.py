@@ -136,6 +136,28 @@ def figure5_seed(result: Result) -> Table:
     )
 
 
+def collusion(result: Result) -> Table:
+    rows = [
+        (
+            row["colluders"],
+            f"{row['exact']} of {result['rounds']}",
+            plus_minus((row["correlation"], row["correlation_error"]), 3),
+        )
+        for row in result["rows"]
+    ]
+    heads = (
+        f"colluders, of {result['clients']} clients",
+        "the target's exact upload",
+        "correlation of what is left with it (absolute)",
+    )
+    note = (
+        f"The real protocol, {result['threshold']} of {result['clients'] - 1} shares open a secret, K = "
+        f"{result['values']}; ± standard error over {result['rounds']} rounds. Independent numbers have "
+        f"{result['chance']:.3f}. {COMMAND.format('collusion').replace(' --data DIR', '')}"
+    )
+    return heads, rows, note
+
+
 def inversion(result: Result) -> Table:
     rows = []
     for row in result["rows"]:
@@ -191,6 +213,7 @@ TABLES: dict[str, Callable[[Result], Table]] = {
     "leakage-membership:rates": rates,
     "leakage-membership:noise": noise,
     "leakage-membership:controls": controls,
+    "leakage-collusion": collusion,
     "leakage-inversion": inversion,
     "leakage-inversion:psnr": inversion_psnr,
 }
