@@ -36,8 +36,8 @@ ROWS = """
     runtimes.sweeps runtimes.tangent
     estimator runtimes.torch data.dataset
     plan data.folders
-    terms local vectors data.hub
-    aggregation
+    terms local data.hub
+    aggregation vectors
     client server secure data.sources
     simulation checkpoint data
     runs job

@@ -589,7 +589,7 @@ def test_too_few_shares_of_the_noise_give_no_sum():
 def sampled():
     """100 secure rounds of examples with tiny noise: records, decoded sums and who was sampled."""
     rounds, rate, sizes = 100, 0.3, [40, 40, 40, 40]
-    privacy = Privacy("example", 6.0, 1e-4, rate, 3)
+    privacy = Privacy("example", 6.0, 1e-3, rate, 3)
     server, clients, samples = federation(privacy, 6, sizes, 12, Protection(0.0, 0.0, 3, rounds))
     chosen = {client.name: [] for client in clients}
     records = []
@@ -637,5 +637,5 @@ def test_decoded_slopes_converge_to_the_clipped_mean(sampled):
         exact = max(exact, np.abs(record.total.values - sums / scale).max())
     assert 0.2 < np.mean(clipped) < 0.8
     assert np.abs(off / np.sqrt(variance)).max() < 5
-    # Given who was sampled, the noise alone is left: zC = 6e-4 a sum of three shares, four are there.
-    assert 0 < exact < 8 * 6e-4 * np.sqrt(4 / 3) / scale
+    # Given who was sampled, the noise alone is left: zC = 6e-3 a sum of three shares, four are there.
+    assert 0 < exact < 8 * 6e-3 * np.sqrt(4 / 3) / scale

@@ -7,17 +7,21 @@ import shutil
 import struct
 import subprocess
 from dataclasses import replace
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from baffle.errors import MessageError
+from baffle.errors import ConfigError, MessageError
 from baffle.estimator import SteinEstimator
+from baffle.fixedpoint import FixedPoint
 from baffle.perturbations import Layout, perturbation_from_spec
 from baffle.plan import LocalTraining, RoundPlan, RoundResult, weights_digest
+from baffle.privacy import encode_clipped
 from baffle.stream import Stream, derive_seed, philox4x32, seed_from
+from baffle.terms import RingResult, Terms
 from baffle.vectors import dump, hex_row
 
 HERE = Path(__file__).parent / "vectors"
@@ -34,6 +38,112 @@ def test_vectors_cover_every_kind_and_stay_small():
     rank_one = VECTORS["directions"][-1]
     assert rank_one["perturbation"] == "lowrank:1"
     assert "00000000" in rank_one["values"].split()
+    kinds = {v["bytes"][10:12] for messages in VECTORS["messages"].values() for v in messages}
+    assert kinds == {"01", "02", "03", "04", "05", "06"}
+
+
+# -- sums in a ring: struct and fractions against the published vectors -------------------------------------
+
+
+def double(bits):
+    return struct.unpack(">d", bytes.fromhex(bits))[0]
+
+
+def doubles(row):
+    return [double(bits) for bits in row.split()]
+
+
+def point_of(v):
+    """Bits of the ring, fraction bits, limit, and the largest integer: by Python's fractions."""
+    limit = Fraction(double(v["limit"]))
+    return v["ring_bits"], v["fraction_bits"], limit, round(limit * 2 ** v["fraction_bits"])
+
+
+@pytest.mark.parametrize("v", VECTORS["fixed_point"], ids=lambda v: f"{v['ring_bits']}-{v['fraction_bits']}")
+def test_fractions_encode_the_published_values(v):
+    m, f, limit, largest = point_of(v)
+    assert v["largest"] == largest
+    clamped = [min(max(Fraction(x), -limit), limit) for x in doubles(v["values"])]
+    integers = [round(x * 2**f) for x in clamped]  # Python rounds halves of fractions to even
+    assert [int(x) for x in v["integers"].split()] == integers
+    assert [int(x, 16) for x in v["residues"].split()] == [x % 2**m for x in integers]
+    assert {len(x) for x in v["residues"].split()} == {m // 4}
+    assert [Fraction(x) for x in doubles(v["decoded"])] == [Fraction(x, 2**f) for x in integers]
+    point = FixedPoint(m, f, double(v["limit"]))
+    residues = np.array([int(x, 16) for x in v["residues"].split()], point.dtype)
+    assert point.integers(residues).tolist() == integers
+
+
+@pytest.mark.parametrize("v", VECTORS["clipped"], ids=lambda v: v["integers"][:12])
+def test_fractions_clip_the_published_rows(v):
+    _, f, _, _ = point_of(v)
+    row, clip = [Fraction(x) for x in doubles(v["row"])], Fraction(double(v["clip"]))
+    integers = [int(x) for x in v["integers"].split()]
+    assert sum(x * x for x in integers) <= (clip * 2**f) ** 2  # the bound that a row must keep
+    squares = sum(x * x for x in row)
+    if squares <= clip**2:
+        assert integers == [math.trunc(x * 2**f) for x in row]
+    else:  # clip / norm to 100 digits and more
+        scale = clip * 10**120 / math.isqrt(int(squares * 10**240))
+        assert all(abs(x * scale * 2**f - n) < 1 for x, n in zip(row, integers, strict=True))
+        assert integers == [math.trunc(x * scale * 2**f) for x in row]
+    point = FixedPoint(v["ring_bits"], f, double(v["limit"]))
+    assert encode_clipped([doubles(v["row"])], double(v["clip"]), point)[0].tolist() == integers
+
+
+@pytest.mark.parametrize("v", VECTORS["messages"]["terms"], ids=lambda v: v["digest"][:8])
+def test_struct_writes_the_published_terms(v):
+    data, levels = bytes.fromhex(v["bytes"]), v["levels"]
+    expected = b"BFFL\1\5" + struct.pack("<BBd", v["ring_bits"], v["fraction_bits"], double(v["limit"]))
+    expected += struct.pack("<IQH", v["cohort"], v["largest_weight"], len(levels))
+    expected += b"".join(struct.pack("<I", level) for level in levels)
+    privacy = v["privacy"]
+    if privacy is None:
+        expected += b"\0"
+    else:
+        expected += {"example": b"\1", "client": b"\2"}[privacy["unit"]]
+        numbers = [double(privacy[name]) for name in ("clip", "noise_multiplier", "sampling_rate")]
+        expected += struct.pack("<dddI", *numbers, privacy["shares"])
+    assert data == expected
+    assert hashlib.sha256(data).hexdigest() == v["digest"]
+    terms = Terms.decode(data)
+    assert terms.encode() == data
+    assert terms.digest.hex() == v["digest"]
+    assert (terms.cohort, terms.largest_weight, list(terms.levels)) == (
+        v["cohort"],
+        v["largest_weight"],
+        levels,
+    )
+
+
+def test_the_published_terms_reach_the_edge_of_the_ring():
+    """One of them has the largest cohort that fits: one client more is refused, as the bytes of it are."""
+    (v,) = [v for v in VECTORS["messages"]["terms"] if v["ring_bits"] == 32]
+    m, _, _, largest = point_of(v)
+    cohort, weight = v["cohort"], v["largest_weight"]
+    assert cohort * weight * largest < 2 ** (m - 1) <= (cohort + 1) * weight * largest
+    data = bytes.fromhex(v["bytes"])
+    more = data[:16] + struct.pack("<I", cohort + 1) + data[20:]
+    with pytest.raises(MessageError, match="overflow"):
+        Terms.decode(more)
+    with pytest.raises(ConfigError, match="overflow"):
+        replace(Terms.decode(data), cohort=cohort + 1)
+
+
+@pytest.mark.parametrize("v", VECTORS["messages"]["ring_results"], ids=lambda v: v["terms_digest"][:8])
+def test_struct_writes_the_published_ring_results(v):
+    residues, data = v["residues"].split(), bytes.fromhex(v["bytes"])
+    bits = 4 * len(residues[0])
+    expected = b"BFFL\1\6" + struct.pack("<Q", v["round"]) + bytes.fromhex(v["plan_digest"])
+    expected += bytes.fromhex(v["terms_digest"]) + struct.pack("<BI", bits, len(residues))
+    expected += b"".join(int(x, 16).to_bytes(bits // 8, "little") for x in residues)
+    assert data == expected
+    back = RingResult.decode(data)
+    assert back.encode() == data
+    assert [f"{x:0{bits // 4}x}" for x in back.residues.tolist()] == residues
+    assert v["plan_digest"] in {plan["digest"] for plan in VECTORS["messages"]["plans"]}
+    (terms,) = [t for t in VECTORS["messages"]["terms"] if t["digest"] == v["terms_digest"]]
+    assert terms["ring_bits"] == bits
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """Published test vectors: ``baffle vectors`` prints them, ``tests/vectors/v1.json`` keeps them.
 
 An implementation in another language is right where it makes the same bits. Bytes are in hexadecimal;
-rows of 32-bit words and of float bit patterns are hexadecimal numbers with a blank between them (a
-float32 has 8 digits, a float64 has 16); other integers are decimal. A layout is ``name=shape,...``, as
-in ``conv=3x2x2x2,bias=3,scalar=``. ``tests/vectors/reference.c`` is a second implementation that is held
-against them.
+rows of words, of residues and of float bit patterns are hexadecimal numbers with a blank between them (a
+float32 has 8 digits, a float64 has 16, a residue a quarter of its ring's bits); other integers are decimal.
+A layout is ``name=shape,...``, as in ``conv=3x2x2x2,bias=3,scalar=``. Rows in ``clipped`` are clipped to
+L2 norm C and rounded toward zero. ``tests/vectors/reference.c`` is a second implementation of directions
+and messages 1 to 4 that is held against them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baffle.estimator import SteinEstimator
+from baffle.fixedpoint import FixedPoint
 from baffle.perturbations import Layout, gaussian_table, perturbation_from_spec
 from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, RoundSum, weights_digest
+from baffle.privacy import Privacy, encode_clipped
 from baffle.stream import Stream, derive_seed, philox4x32, seed_from
+from baffle.terms import RingResult, Terms
 
 _ZERO = bytes(32)
 _SEED = seed_from(2023)
@@ -29,6 +33,7 @@ _SLOPES = (0.1, -2.5, 1 / 3, 0.0, -1e-3, 12345.678, 1e-40)
 _CANCELLING = (1e16, -1e16, 1.0)  # where directions agree, another order of the sum shows
 _TIE = (49 * (2 - 5 * 2.0**-24), *(48 * (0.0,)))  # divided by 49, not multiplied by 1/49: halves to even
 _FLOATS = (0.0, -0.0, 1.0, -2.5, 0.1, 1e-45, 3.4028235e38)
+_POINTS = (FixedPoint(), FixedPoint(64, 20, 100.0), FixedPoint(32, 8, 300.1), FixedPoint(32, 0, 2.5))
 
 
 def hex_row(values: NDArray[Any]) -> str:
@@ -164,6 +169,60 @@ def _gradients() -> list[dict[str, Any]]:
     ]
 
 
+def _integers(values: NDArray[Any]) -> str:
+    return " ".join(map(str, values.tolist()))
+
+
+def _point(point: FixedPoint) -> dict[str, Any]:
+    return {
+        "ring_bits": point.ring_bits,
+        "fraction_bits": point.fraction_bits,
+        "limit": hex_row(np.array([point.limit])),
+    }
+
+
+def _fixed_point() -> list[dict[str, Any]]:
+    found = []
+    for point in _POINTS:
+        step = 2.0**-point.fraction_bits
+        ties = [n * step / 2 for n in (1, -1, 3, -3, 5)]  # halves go to the even integer
+        near = [np.nextafter(step / 2, 1.0), np.nextafter(-step / 2, 0.0), 1e-300]
+        far = [point.limit, -point.limit, 1.001 * point.limit, -1e300]
+        values = np.array([*ties, *near, *far, -0.0, 0.1, -1 / 3])
+        encoded = point.encode(values)
+        found.append(
+            {
+                **_point(point),
+                "largest": point.largest,
+                "values": hex_row(values),
+                "integers": _integers(encoded),
+                "residues": hex_row(point.residues(encoded)),
+                "decoded": hex_row(point.decode(encoded)),
+            }
+        )
+    return found
+
+
+def _clipped() -> list[dict[str, Any]]:
+    point = _POINTS[1]
+    rows = (
+        (2.5, (0.1, -1 / 3, 2.0, 0.0)),  # not longer than C: rounded toward zero, that is all
+        (2.5, (10.1, -20.2, 30.3, -0.4)),
+        (1.0, (-1e300, 1e299, 3e299, 1e-300)),
+        (1.0, (0.0, 0.0)),
+        (100.0, tuple(7.0 * k - 30.0 for k in range(12))),
+    )
+    return [
+        {
+            **_point(point),
+            "clip": hex_row(np.array([clip])),
+            "row": hex_row(np.array(row)),
+            "integers": _integers(encode_clipped(np.array([row]), clip, point)[0]),
+        }
+        for clip, row in rows
+    ]
+
+
 def _digests() -> list[dict[str, Any]]:
     weights = np.arange(_TENSORS.n, dtype=np.float32) / np.float32(7)
     return [
@@ -206,6 +265,54 @@ def _plans() -> list[RoundPlan]:
     ]
 
 
+def _terms() -> list[Terms]:
+    point = _POINTS[1]
+    return [
+        Terms(FixedPoint.fitting(10, 1000, 1024.0), 10, 1000),
+        Terms(_POINTS[2], 27952, 1),  # the most
+        Terms(point, 1000, 1 << 20, (1, 100, 500)),
+        Terms(point, 7, 300, (), Privacy("example", 2.5, 1.1, 0.25, 5)),
+        Terms(point, 7, 1, (), Privacy("client", 1 / 3, 0.5, 1.0, 1)),
+    ]
+
+
+def _ring_messages(plan: RoundPlan) -> dict[str, Any]:
+    every = _terms()
+    rows: list[NDArray[Any]] = [np.array([0, 1, (1 << 64) - 1, 1 << 63], np.uint64)]
+    rows.append(np.array([0, (1 << 32) - 1], np.uint32))
+    return {
+        "terms": [
+            {
+                **_point(terms.fixed_point),
+                "cohort": terms.cohort,
+                "largest_weight": terms.largest_weight,
+                "levels": list(terms.levels),
+                "privacy": terms.privacy
+                and {
+                    "unit": terms.privacy.unit,
+                    "clip": hex_row(np.array([terms.privacy.clip])),
+                    "noise_multiplier": hex_row(np.array([terms.privacy.noise_multiplier])),
+                    "sampling_rate": hex_row(np.array([terms.privacy.sampling_rate])),
+                    "shares": terms.privacy.shares,
+                },
+                "digest": terms.digest.hex(),
+                "bytes": terms.encode().hex(),
+            }
+            for terms in every
+        ],
+        "ring_results": [
+            {
+                "round": plan.round,
+                "plan_digest": plan.digest.hex(),
+                "terms_digest": terms.digest.hex(),
+                "residues": hex_row(row),
+                "bytes": RingResult(plan.round, plan.digest, terms.digest, row).encode().hex(),
+            }
+            for terms, row in zip(every, rows, strict=False)
+        ],
+    }
+
+
 def _messages() -> dict[str, Any]:
     plans = _plans()
     single, double = np.array(_FLOATS, np.float32), np.array(_SLOPES)
@@ -245,6 +352,7 @@ def _messages() -> dict[str, Any]:
             for plan, samples in zip(plans[1:3], (1, (1 << 64) - 1), strict=True)
         ],
         "sums": [{"round": 41, "values": hex_row(double), "bytes": RoundSum(41, double).encode().hex()}],
+        **_ring_messages(plans[2]),
     }
 
 
@@ -262,6 +370,8 @@ def test_vectors() -> dict[str, Any]:
         "gradients": _gradients(),
         "weights_digests": _digests(),
         "messages": _messages(),
+        "fixed_point": _fixed_point(),
+        "clipped": _clipped(),
     }
 
 
