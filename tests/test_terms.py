@@ -1,6 +1,7 @@
 """Terms of sums in a ring: bytes, both halves against Python's integers, and sums that cannot be."""
 
 import dataclasses
+import math
 import random
 import struct
 from fractions import Fraction
@@ -451,3 +452,68 @@ def test_ring_results_that_cannot_be():
         fields = {"round": 0, "plan_digest": bytes(32), "terms_digest": bytes(32), "residues": row, **change}
         with pytest.raises(ConfigError):
             RingResult(**fields)
+
+
+# -- a noised sum that cannot be ---------------------------------------------------------------------------
+
+NOISED = [
+    Privacy("example", 3.0, 0.5, 0.5, shares=4),
+    Privacy("client", 3.0, 0.5, shares=4),
+]
+
+
+@pytest.mark.parametrize("privacy", NOISED, ids=lambda p: p.unit)
+def test_fewer_answers_than_shares_of_the_noise_give_no_sum(privacy):
+    terms = wide(fixed_point=FixedPoint(64, 20, 3.0), privacy=privacy)
+    residues = np.zeros(K, np.uint64)
+    for answered in (1, 2, 3):
+        with pytest.raises(AggregationError, match=f"{answered} clients answered, and 4 make the noise"):
+            terms.total(plan(), residues, answered)
+    for answered in (4, 10):
+        assert terms.total(plan(), residues, answered).values.tolist() == [0.0] * K
+    for answered in (0, 11):
+        with pytest.raises(AggregationError, match="from a cohort of 10"):
+            terms.total(plan(), residues, answered)
+
+
+@pytest.mark.parametrize("privacy", NOISED, ids=lambda p: p.unit)
+def test_a_noised_sum_that_honest_answers_cannot_give(privacy):
+    """What everybody's largest vector and twelve deviations of their noise stay below, to the integer."""
+    terms, answered = wide(fixed_point=FixedPoint(64, 20, 3.0), privacy=privacy), 5
+    weight = 1 if privacy.unit == "client" else 1000
+    share = Fraction(0.5 * 3 * 2**20) ** 2 / 4  # an integer
+    bound = answered * weight * 3 * 2**20 + 12 * (math.isqrt(int(answered * share)) + 1)
+    each = answered * (4 if privacy.unit == "example" else 1)
+    for sign in (1, -1):
+        row = np.zeros(K, np.int64)
+        row[4] = sign * bound
+        got = terms.total(plan(), row.astype(np.uint64), answered)
+        assert got.values[4] == pytest.approx(sign * bound / 2**20 / each, rel=1e-15)
+        row[4] = sign * (bound + 1)
+        with pytest.raises(AggregationError, match="told something else, or lies"):
+            terms.total(plan(), row.astype(np.uint64), answered)
+    edge = np.zeros(K, np.uint64)
+    edge[0] = 2**63  # the one integer whose absolute value does not exist
+    with pytest.raises(AggregationError):
+        terms.total(plan(), edge, answered)
+    rng = np.random.default_rng(2)
+    for garbage in rng.integers(0, 2**64, (200, K), dtype=np.uint64):  # masks that do not cancel
+        with pytest.raises(AggregationError):
+            terms.total(plan(), garbage, answered)
+
+
+@pytest.mark.parametrize("privacy", NOISED, ids=lambda p: p.unit)
+def test_honest_noised_sums_are_let_through(privacy):
+    """Everybody at the clip, with real noise: hundreds of entries, and none near the bound."""
+    asked = plan(300)
+    terms = wide(fixed_point=FixedPoint(64, 20, 3.0), largest_weight=50, privacy=privacy)
+    long = np.full((50, 300), 100.0)
+    rows = [
+        terms.prepare_examples(asked, long) if privacy.unit == "example" else terms.prepare(asked, long[0], 1)
+        for _ in range(5)
+    ]
+    got = terms.total(asked, summed(rows, terms.fixed_point), 5)
+    count = 50 / 4 if privacy.unit == "example" else 1
+    deviation = 1.5 * (5 / 4) ** 0.5 / 5 / (4 if privacy.unit == "example" else 1)
+    assert np.abs(got.values - count * 3 / 300**0.5).max() < 6 * deviation
+    assert got.values.std() > deviation / 2
