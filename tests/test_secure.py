@@ -585,6 +585,8 @@ def test_a_damaged_ledger_is_named(line, tmp_path):
     path.write_bytes(line + b"\n")
     with pytest.raises(DataError, match=r"ledger .*ledger is damaged at line [12]"):
         FileLedger(path)
+    path.write_bytes(b"")
+    FileLedger(path).close()  # and is let go of, so that it can be mended
 
 
 def test_a_folder_or_no_folder_for_a_ledger(tmp_path):

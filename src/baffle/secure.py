@@ -201,12 +201,22 @@ class FileLedger:
         self._path, self._known = path, MemoryLedger()
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            data = path.read_bytes()
-        except BlockingIOError as error:
-            raise DataError(f"{path}: another process uses this ledger") from error
         except OSError as error:
             raise DataError(f"cannot use the ledger {path}: {error.strerror}") from error
+        try:
+            self._load()
+        except DataError:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            data = self._path.read_bytes()
+        except BlockingIOError as error:
+            raise DataError(f"{self._path}: another process uses this ledger") from error
+        except OSError as error:
+            raise DataError(f"cannot use the ledger {self._path}: {error.strerror}") from error
         *lines, cut_short = data.split(b"\n")
         for number, line in enumerate(lines):
             self._read(number, line)
