@@ -6,6 +6,7 @@ metrics.jsonl            one line a round
 checkpoint.safetensors   to go on from
 rounds.log               the scalar log (forward-only, batch-level runs)
 start.safetensors        the snapshot that the scalar log begins at
+resumes                  one byte for each resume of a private run: what may have been asked twice
 weights.safetensors      final weights and their moving average ("weights", "ema")
 curves.png               accuracy and loss against rounds, forward passes and bytes
 """
