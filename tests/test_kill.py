@@ -426,7 +426,7 @@ TOO_MANY = [
 @pytest.mark.parametrize("case", TOO_MANY, ids=lambda c: f"{c[2]}-{c[0]}-{c[1]}")
 def test_more_kills_than_the_limit_abort_the_round(fleet, federation, case):
     stage, moment, count, why = case
-    server, terms = federation(False)
+    server, terms = federation(False, rounds=1000)
     before = server.weights
     first = run(server, fleet, dict.fromkeys(NAMES[-count:], (stage, moment)))
     assert first.total is None
@@ -438,7 +438,7 @@ def test_more_kills_than_the_limit_abort_the_round(fleet, federation, case):
 
 
 def test_too_few_that_vouch_for_each_other_abort_the_round(fleet, federation):
-    server, terms = federation(True)
+    server, terms = federation(True, rounds=1000)
     dying = dict.fromkeys(NAMES[1:], ("confirm", "before"))
     first = run(server, fleet, dying)
     assert "have 2 holders that say they are alive, 3 are needed: nothing was opened" in first.aborted
@@ -447,9 +447,9 @@ def test_too_few_that_vouch_for_each_other_abort_the_round(fleet, federation):
 
 
 def assert_goes_on(server, terms, fleet):
-    """Those that came back have lost their keys: they take part from the next session on, if not before."""
+    """Those that came back have lost their keys: where the others are too few, all make new ones."""
     fleet.ready()
-    for _ in range(ROUNDS):
+    for _ in range(3):
         out = run(server, fleet)
         if out.total is not None:
             break
