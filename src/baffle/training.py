@@ -228,8 +228,6 @@ def _write_events(writer: Any, progress: Progress, row: dict[str, Any]) -> None:
         if name in row:
             writer.add_scalar(name.replace("_", "/", 1), row[name], progress.round)
     if "epsilon" in row:
-        writer.add_scalar("epsilon", row["epsilon"], progress.round)
-    if "epsilon" in row:
         writer.add_scalar("privacy/epsilon", row["epsilon"], progress.round)
     for name in ("forward_passes", "bytes_down", "bytes_up"):
         writer.add_scalar(f"total/{name}", getattr(progress, name), progress.round)
