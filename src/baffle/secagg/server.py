@@ -79,7 +79,8 @@ class ServerSession:
         self._offer = Offer(job, first_round, settings, self._pair.public, roster.digest, flags).encode()
         self._offer_hash = hash_of(b"offer", self._offer, binding)
         self._stage = ""
-        self._adverts: dict[int, bytes] = {}  # by place in the roster
+        self._adverts: dict[int, bytes] = {}  # by place in the roster ...
+        self._agreed: dict[int, bytes] = {}  # ... and what was agreed on with their keys
         self._choices: dict[int, list[int]] = {}  # by place in the session
         self.names: tuple[str, ...] = ()  # of those present; places count them
         self._place: dict[str, int] = {}
@@ -119,8 +120,7 @@ class ServerSession:
         self._advert = [self._adverts[i] for i in here]
         one_time = b"".join(advert[:KEY_BYTES] for advert in self._advert) if self._full else b""
         self.id = session_id(self._offer_hash, self.present, one_time)
-        agreed = [self._pair.agree(advert[:KEY_BYTES]) for advert in self._advert]
-        self.keys = [derive(key, b"server", self.id) for key in agreed]
+        self.keys = [derive(self._agreed[i], b"server", self.id) for i in here]
         if self._full:
             everyone = list(range(count))
             self.holders = [everyone[:i] + everyone[i + 1 :] for i in everyone]
@@ -155,12 +155,12 @@ class ServerSession:
         """Takes an answer of the key agreement."""
         if self._stage == "advertise":
             place = self.roster.place(name)
-            if place not in self._member_places:
+            if name not in self._offered:
                 raise SecurityError(f"client {name} is no member of this session")
             if place in self._adverts:
                 raise SecurityError(f"client {name} advertised twice")
             key = advertised(self.roster.keys[place], self._offer_hash, message, name)
-            self._pair.agree(key)  # raises where nothing can be agreed on with it
+            self._agreed[place] = self._pair.agree(key)  # raises where nothing can be agreed on with it
             self._adverts[place] = message
         elif self._stage == "choose":
             place = self.place(name)
@@ -174,6 +174,10 @@ class ServerSession:
             raise MessageError(f"client {name} answered where nothing was asked")
 
     # -- deposits -----------------------------------------------------------------------------------
+
+    def knows(self, name: str) -> bool:
+        """Whether a client is present."""
+        return name in self._place
 
     def place(self, name: str) -> int:
         if name not in self._place:
@@ -245,8 +249,7 @@ class ServerRound:
         self._quorum = 0
         self._confirmed: set[int] = set()
         self._opened: set[int] = set()
-        self._shares: dict[int, list[tuple[int, bytes]]] = {}  # owner → (point, share) of the kind due
-        self._false: dict[int, int] = {}  # owner → shares that were none
+        self._given: dict[int, list[tuple[int, bytes]]] = {}  # owner → (holder, its share or pad)
 
     # -- asking -------------------------------------------------------------------------------------
 
@@ -277,7 +280,7 @@ class ServerRound:
     def _take_part(self) -> None:
         """Those that made a deposit and whose secrets enough others can open. Their deposits are used up."""
         s = self.session
-        wanted = {s.place(name) for name in self._names if name in s.names}
+        wanted = {s.place(name) for name in self._names if s.knows(name)}
         deposits, s.deposits = s.deposits, {}  # for this round and no other, whatever becomes of it
         here = {i for i in wanted if i in deposits}
         while True:  # who has too few holders left leaves, which may leave others with too few
@@ -407,24 +410,27 @@ class ServerRound:
         r.end()
         self._opened.add(place)
         for owner, value in zip(given, shares, strict=True):
-            have = self._shares.setdefault(owner, [])
-            if len(have) < s.settings.threshold:
-                position = bisect.bisect_left(s.holders[owner], place)
-                share = self._share(owner, place, position, value)
-                if share is not None:
-                    have.append((position + 1, share))
-                else:
-                    self._false[owner] = self._false.get(owner, 0) + 1
+            self._given.setdefault(owner, []).append((place, value))
 
-    def _share(self, owner: int, holder: int, position: int, value: bytes) -> bytes | None:
-        """The share that a holder's pad or share stands for, if it is the owner's."""
-        kind, tags = 1, self._deposits[owner].tags
+    def _share(self, owner: int, holder: int, value: bytes) -> tuple[int, bytes]:
+        """The place of a holder among its owner's, and the share that its share or its pad stands for."""
+        position = bisect.bisect_left(self.session.holders[owner], holder)
         if self._survivors[owner]:
-            kind, tags = 0, self._blinded[owner].tags
-            at = position * SECRET_BYTES
+            at = SECRET_BYTES * position
             value = xor(value, self._blinded[owner].shares[at : at + SECRET_BYTES])
-        tag = tags[position * SHORT_TAG : (position + 1) * SHORT_TAG]
-        return value if share_tag(self._contexts[owner], holder, kind, value) == tag else None
+        return position, value
+
+    def _true(self, owner: int) -> list[tuple[int, bytes]]:
+        """What was given for an owner's secret by those whose share is the owner's."""
+        survived = bool(self._survivors[owner])
+        tags = (self._blinded if survived else self._deposits)[owner].tags
+        found = []
+        for holder, value in self._given.get(owner, ()):
+            position, share = self._share(owner, holder, value)
+            tag = tags[SHORT_TAG * position : SHORT_TAG * (position + 1)]
+            if share_tag(self._contexts[owner], holder, not survived, share) == tag:
+                found.append((holder, value))
+        return found
 
     # -- the sum ------------------------------------------------------------------------------------
 
@@ -439,14 +445,15 @@ class ServerRound:
             for i in places(self._participants & ~self._survivors)
             if any(self._survivors[j] for j in s.partners[i])
         ]
-        secrets = self._secrets([*alive, *gone])
+        threshold = s.settings.threshold
+        rows = {i: self._given.get(i, [])[:threshold] for i in (*alive, *gone)}
+        secrets = self._joined({i: row for i, row in rows.items() if len(row) == threshold})
         for i in alive:
-            if commitment_to(self._contexts[i], secrets[i]) != self._blinded[i].commitment:
-                self.session.exclude(i)
-                raise self._unopened(i, "its shares give another secret than the one that it committed to")
-            total -= mask(derive(secrets[i], self._context), len(total), self._dtype)
+            (seed,) = self._opened_with(i, secrets.get(i)) or self._opened_truly(i)
+            total -= mask(derive(seed, self._context), len(total), self._dtype)
         for i in gone:
-            for partner, root in zip(s.partners[i], self._roots(i, secrets[i]), strict=True):
+            roots = self._opened_with(i, secrets.get(i)) or self._opened_truly(i)
+            for partner, root in zip(s.partners[i], roots, strict=True):
                 if self._survivors[partner]:
                     noise = mask(derive(root, self._context), len(total), self._dtype)
                     # The partner, who survived, added it if its place is the lower one.
@@ -456,28 +463,44 @@ class ServerRound:
                         total += noise
         return total, [s.names[i] for i in alive]
 
-    def _secrets(self, owners: list[int]) -> dict[int, bytes]:
-        threshold = self.session.settings.threshold
-        for i in owners:
-            have, false = len(self._shares.get(i, ())), self._false.get(i, 0)
-            if have < threshold:
-                if have + false >= threshold:  # not for want of answers: it lied, or many of its holders
-                    self.session.exclude(i)
-                raise self._unopened(i, f"{have} true and {false} false shares came, {threshold} are needed")
-        rows = [self._shares[i] for i in owners]
-        points = np.array([[point for point, _ in row] for row in rows], np.uint8)
-        shares = np.frombuffer(b"".join(share for row in rows for _, share in row), np.uint8)
-        found = reconstruct_many(points, shares.reshape(len(rows), threshold, SECRET_BYTES))
-        return {i: secret.tobytes() for i, secret in zip(owners, found, strict=True)}
+    def _joined(self, rows: dict[int, list[tuple[int, bytes]]]) -> dict[int, bytes]:
+        """Owner → the secret that t shares give, right or wrong."""
+        if not rows:
+            return {}
+        pairs = [[self._share(i, *given) for given in row] for i, row in rows.items()]
+        points = np.array([[position + 1 for position, _ in row] for row in pairs], np.uint8)
+        shares = np.frombuffer(b"".join(share for row in pairs for _, share in row), np.uint8)
+        found = reconstruct_many(points, shares.reshape(*points.shape, SECRET_BYTES))
+        return {i: secret.tobytes() for i, secret in zip(rows, found, strict=True)}
 
-    def _roots(self, owner: int, rho: bytes) -> list[bytes]:
+    def _opened_with(self, owner: int, secret: bytes | None) -> list[bytes] | None:
+        """A survivor's seed, another's pairwise roots; None where this is not the secret."""
+        context = self._contexts[owner]
+        if secret is None:
+            return None
+        if self._survivors[owner]:
+            return [secret] if commitment_to(context, secret) == self._blinded[owner].commitment else None
         try:
-            sealed = self._deposits[owner].sealed
-            roots = open_sealed(derive(rho, b"roots"), 0, sealed, self._contexts[owner])
-            return Reader(roots).blocks(len(self.session.partners[owner]), KEY_BYTES)
-        except SecurityError as error:
+            roots = open_sealed(derive(secret, b"roots"), 0, self._deposits[owner].sealed, context)
+        except SecurityError:
+            return None
+        return Reader(roots).blocks(len(self.session.partners[owner]), KEY_BYTES)
+
+    def _opened_truly(self, owner: int) -> list[bytes]:
+        """The same from those shares that are true: looked at one by one only where some were not."""
+        threshold, came = self.session.settings.threshold, len(self._given.get(owner, ()))
+        true = self._true(owner)
+        why = f"of {came} shares {len(true)} are its own, and {threshold} are needed"
+        if len(true) >= threshold:
+            found = self._opened_with(owner, self._joined({owner: true[:threshold]})[owner])
+            if found is not None:
+                return found
+            why = "its shares do not open what it deposited"
+            if self._survivors[owner]:
+                why = "its shares give another secret than the one that it committed to"
+        if came >= threshold:  # not for want of answers: it lied, or many of its holders
             self.session.exclude(owner)
-            raise self._unopened(owner, "its shares do not open what it deposited") from error
+        raise self._unopened(owner, why)
 
     def _unopened(self, place: int, why: str) -> AggregationError:
         return AggregationError(
