@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pictures import collusion_picture
 
 from baffle.fixedpoint import FixedPoint
-from baffle.secagg.client import ClientSession
+from baffle.secagg.client import ClientSession, _pad
 from baffle.secagg.messages import Blinded, Deposit, Reader, deposit_context
 from baffle.secagg.primitives import Identity, derive, hash_of, mask, open_sealed
 from baffle.secagg.server import Requests, ServerRound, ServerSession
@@ -61,7 +61,7 @@ class World:
         )
         self.answers: dict[str, bytes] = {}
         self.deposits: dict[str, Deposit] = {}
-        self.roots: dict[str, dict[int, bytes]] = {}  # each client's, of its pairwise masks
+        self.keys: dict[str, dict[int, bytes]] = {}  # each client's of the round, by partner
         self.held: dict[tuple[str, int], bytes] = {}  # colluder, place of an owner → its share of ρ
         for requests in self.session.stages():
             self._ask(requests, self.session)
@@ -77,14 +77,12 @@ class World:
             if stage == "advertise":
                 answer = client.advertise(request, BINDING)
             elif stage == "answer":
-                own = client._secrets
-                assert own is not None
-                self.roots[name] = own.roots
                 answer = client.answer(request, 0, BINDING, lambda name=name: self.vectors[name])  # type: ignore[misc]
                 self.answers[name] = answer
                 state = client._answered
                 assert state is not None
-                for owner, share in zip(self._session(name).owners, state.shares, strict=True):
+                self.keys[name] = state.keys
+                for owner, share in state.shares.items():
                     assert share is not None
                     self.held[name, owner] = share
                 self.context = state.context
@@ -94,9 +92,6 @@ class World:
                     count = len(self.clients) - 1
                     self.deposits[name] = Deposit.read(Reader(answer), count, count)
             taker.add(name, answer)
-
-    def _session(self, name: str) -> Any:
-        return self.clients[name]._session
 
     def attack(self, target: str, colluders: list[str]) -> Ring:
         """What is left of the target's answer when everything known is taken off."""
@@ -116,7 +111,7 @@ class World:
             sealed = open_sealed(derive(rho, b"roots"), 0, self.deposits[target].sealed, context)
             roots = {i: sealed[32 * n : 32 * (n + 1)] for n, i in enumerate(holders)}
         else:
-            roots = {names.index(c): self.roots[c][place] for c in colluders}
+            roots = {names.index(c): derive(self.keys[c][place], b"root") for c in colluders}
         for other, root in roots.items():
             noise = mask(derive(root, self.context), length, np.uint64)
             left = left - noise if place < other else left + noise
@@ -130,8 +125,8 @@ class World:
         blinded = Blinded.read(behind, count)
         points, shares = [], []
         for holder in self.session.holders[place][: self.session.settings.threshold]:
-            s = self._session(self.session.names[holder])
-            pad = derive(s.unblinding[s.owners.index(place)], self.context)
+            key = self.keys[self.session.names[holder]][place]
+            pad = _pad(key, place, holder, self.context)
             at = self.session.holders[place].index(holder)
             points.append(at + 1)
             row = np.frombuffer(blinded.shares[32 * at : 32 * (at + 1)], np.uint8)

@@ -165,8 +165,9 @@ class Ledger(Protocol):
     def record(self, job: bytes, round_: int, asked: bytes) -> None:
         """Writes down, before an answer leaves, that it does.
 
-        Raises SecurityError for a round that is not above the job's last, and for ``asked`` (a hash of
-        weights, seed and round) that was answered before, in whatever job.
+        Raises SecurityError for a round that is not above the job's last, and for ``asked`` (a hash of seed
+        and round, which make the directions) that was answered before, in whatever job and at whatever
+        weights: two sums along the same directions, with and without a client, differ by its answer.
         """
         ...
 
@@ -188,7 +189,9 @@ class MemoryLedger:
         if round_ <= last:
             raise SecurityError(f"round {round_} was asked for again: round {last} of this job is answered")
         if asked in self._asked:
-            raise SecurityError(f"round {round_}: these weights and this seed were answered before")
+            raise SecurityError(
+                f"round {round_}: this seed was answered before, in another job: take another for each job"
+            )
 
 
 class FileLedger:
@@ -253,8 +256,10 @@ class FileLedger:
 class SecureSeal:
     """A client's half of SecureSum: it answers masked, or not at all.
 
-    ``policy`` is the client's own, as are ``least_noise`` (the smallest noise multiplier z that it accepts;
-    0: none is asked for) and ``ledger``. Raises SecurityError for whatever protects less.
+    What it insists on is its own: ``policy``; ``least_noise``, the smallest noise multiplier z (0: none);
+    ``job``, the one that it works for (None: any); ``ledger``. Terms with ``levels`` are refused unless it
+    allows them: where one client alone reaches a level, the sum beyond it is that client's, and nobody can
+    tell it so. Raises SecurityError for whatever protects less.
     """
 
     def __init__(
@@ -266,8 +271,11 @@ class SecureSeal:
         *,
         ledger: Ledger | None = None,
         least_noise: float = 0.0,
+        job: bytes | None = None,
+        levels: bool = False,
     ) -> None:
         self.name, self.policy, self.least_noise = name, policy or Policy(), least_noise
+        self.job, self.levels = job, levels
         self._ledger = ledger or MemoryLedger()
         self._session = ClientSession(name, identity, roster, self.policy)
         self._terms: Terms | None = None
@@ -298,7 +306,11 @@ class SecureSeal:
         terms = Terms.decode(request[4 : 4 + size])  # which refuses what can overflow
         terms.check_plan(plan)
         message = self._session.advertise(request[4 + size :], terms.digest)
-        self._check_noise(terms, self._session.hides)
+        try:
+            self._check(terms)
+        except SecurityError:
+            self._session.leave()
+            raise
         self._terms = terms
         return message
 
@@ -306,19 +318,25 @@ class SecureSeal:
         if self._terms is None or not request:
             raise SecurityError(f"client {self.name}: it was asked to answer in the clear")
         terms = self._terms
-        self._check_noise(terms, self._session.hides)
+        self._check(terms)
 
         def measured() -> NDArray[Any]:
             vector = measure(terms)
-            asked = hash_of(b"asked", plan.weights_digest, plan.seed, plan.round)
+            asked = hash_of(b"asked", plan.seed, plan.round)
             self._ledger.record(self._session.job, plan.round, asked)
             return vector
 
         return self._session.answer(request, plan.round, binding_of(plan, terms), measured)
 
-    def _check_noise(self, terms: Terms, hides: int) -> None:
-        """The promised noise must be in whatever can be opened: each honest client adds a share of it."""
-        noise = terms.privacy.noise_multiplier if terms.privacy else 0.0
+    def _check(self, terms: Terms) -> None:
+        """Job, levels, noise. Noise must be in whatever can be opened: each honest client adds a share."""
+        if self.job is not None and self._session.job != self.job:
+            raise SecurityError(f"client {self.name}: another job than the one that it works for")
+        if len(terms.levels) > 1 and not self.levels:
+            raise SecurityError(
+                f"client {self.name}: the terms have levels, and a sum beyond one may be a single client's"
+            )
+        noise, hides = terms.privacy.noise_multiplier if terms.privacy else 0.0, self._session.hides
         if noise < self.least_noise:
             raise SecurityError(
                 f"client {self.name}: noise multiplier {noise} was proposed, at least {self.least_noise} is "

@@ -13,7 +13,8 @@ hashes, which starts at their key agreement. The roots of one round are sealed u
 shared among i's holders before the round. b_i is fresh, and shared with the answer, each share blinded with a
 pad that its holder alone can make, in the same round. If i answers, holders give these pads; if it does not,
 their shares of ρ_i, and with it the roots of that round alone. So keys survive, and are not agreed on every
-round (docs/privacy.md has the argument). A chain is turned after each round and forgets where it was.
+round (docs/privacy.md has the argument). All keys between two clients come from their chain, which is turned
+after each round and forgets where it was.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ from baffle.secagg.primitives import (
 from baffle.secagg.session import Flags, Policy, Roster, Settings, round_context, session_id
 from baffle.secagg.sharing import SECRET_BYTES, share
 
+_MOST_TURNS = 1 << 12  # rounds that may pass a client by in one session: each costs a hash a neighbour
+
 
 @dataclass
 class _Opening:
@@ -89,14 +92,7 @@ class _Session:
     to_server: bytes  # key of the messages to it
     holders: list[int]  # of this client's shares, ascending
     owners: list[int]  # whose shares this client holds, ascending
-    to_holder: list[bytes]  # channel keys
-    from_owner: list[bytes]
-    blinding: list[bytes]  # keys of the pads, one a holder
-    unblinding: list[bytes]  # the same, one an owner
-    vouched: list[bytes]  # keys, one a holder, under which it says that this client is alive
-    vouching: list[bytes]  # the same, one an owner
-    partners: list[int]  # with whom it masks, ascending
-    chains: list[bytes]  # one a partner, at round ``turned``
+    chains: dict[int, bytes]  # by partner, which is who is a holder or an owner; at round ``turned``
     turned: int
     introduction: bytes  # hash of the others' keys, as they came
 
@@ -106,7 +102,7 @@ class _Secrets:
     """What masks one round of this client: made with the round's deposit, gone with its answer."""
 
     round: int
-    roots: dict[int, bytes]
+    keys: dict[int, bytes]  # by partner, of this round
     deposit: bytes  # as it was sent: should it be lost, the same bytes again
 
 
@@ -117,7 +113,8 @@ class _Answered:
     round: int
     context: bytes
     participants: Flags
-    shares: list[bytes | None]  # of ρ, by owner; None where a bundle did not open
+    keys: dict[int, bytes]
+    shares: dict[int, bytes | None]  # of ρ, by owner; None where a bundle did not open
     alive: Flags | None = None  # which of the owners that take part it said are alive
 
 
@@ -139,6 +136,10 @@ class ClientSession:
         self._secrets: _Secrets | None = None
         self._answered: _Answered | None = None
 
+    def leave(self) -> None:
+        """Forgets the session, and whatever was not yet answered in it."""
+        self._opening, self._session, self._secrets, self._answered = None, None, None, None
+
     # -- a session ----------------------------------------------------------------------------------
 
     def advertise(self, request: bytes, binding: bytes) -> bytes:
@@ -150,7 +151,7 @@ class ClientSession:
             raise self._refusal("it is no member of the session that it was offered")
         members = int(offer.members.sum())
         self.hides = self.policy.check(offer.settings, members, members)
-        self._session, self._secrets, self._answered = None, None, None
+        self.leave()
         self._opening = _Opening(offer, hash_of(b"offer", request, binding), KeyPair.generate())
         return advert(self.identity, self._opening.hash, self._opening.key.public)
 
@@ -219,7 +220,7 @@ class ClientSession:
             known = {i: self._checked(opening, here[i], adverts[i]) for i in holders}
             if adverts[place][:KEY_BYTES] != opening.key.public:
                 raise self._refusal("the server lists another key for this client than its own")
-            owners, partners = holders, holders
+            owners = holders
         else:
             if not opening.choice:
                 raise self._refusal("it was not asked to choose its holders")
@@ -232,7 +233,6 @@ class ClientSession:
             # Who chose this client needs no signature: a made-up neighbour gets shares of nobody else's.
             owners = self._in_neighbours(r, place, count, known)
             holders = sorted(opening.choice)
-            partners = sorted(known)
         r.end()
         if sum(known[i] == opening.key.public for i in known):
             raise self._refusal("its own key came back as another client's")
@@ -248,14 +248,7 @@ class ClientSession:
             _server_key(opening, id_),
             holders,
             owners,
-            [derive(agreed[i], b"channel", id_, place, i) for i in holders],
-            [derive(agreed[i], b"channel", id_, i, place) for i in owners],
-            [derive(agreed[i], b"pad", id_, place, i) for i in holders],
-            [derive(agreed[i], b"pad", id_, i, place) for i in owners],
-            [derive(agreed[i], b"alive", id_, place, i) for i in holders],
-            [derive(agreed[i], b"alive", id_, i, place) for i in owners],
-            partners,
-            [derive(agreed[i], b"chain", id_, min(i, place), max(i, place)) for i in partners],
+            {i: derive(agreed[i], b"chain", id_) for i in sorted(agreed)},
             offer.first_round,
             introduction,
         )
@@ -297,15 +290,6 @@ class ClientSession:
         owners = [i for i in session.owners if participants[i]]
         bundles = dict(zip(owners, r.blocks(len(owners), BUNDLE_BYTES), strict=True))
         r.end()
-        held = [
-            self._opened_bundle(session, round_, owner, key, bundles.get(owner))
-            for owner, key in zip(session.owners, session.from_owner, strict=True)
-        ]
-        broken = sum(held[n] is None for n, owner in enumerate(session.owners) if participants[owner])
-        if broken > session.colluders:
-            raise self._refusal(
-                f"{broken} bundles of shares do not open: they were exchanged, replayed or made for another"
-            )
         vector = measure()
         ring_bits = 8 * vector.dtype.itemsize
         context = round_context(session.id, round_, bits(participants), binding, ring_bits, len(vector))
@@ -313,18 +297,20 @@ class ClientSession:
         if own is None or own.round != round_:
             raise self._refusal(f"it has no masks for round {round_}, or has used them")
         self._secrets = None
+        # A bundle that does not open, by its owner's fault or the server's, is a share less for the server.
+        shares = {i: self._opened_bundle(session, own, i, bundle) for i, bundle in bundles.items()}
         seed = random_bytes(SECRET_BYTES)
         vector = vector + mask(derive(seed, context), len(vector), vector.dtype)  # a copy
-        for partner, root in own.roots.items():
+        for partner, key in own.keys.items():
             if participants[partner]:
-                noise = mask(derive(root, context), len(vector), vector.dtype)
+                noise = mask(derive(derive(key, b"root"), context), len(vector), vector.dtype)
                 if session.place < partner:
                     vector += noise
                 else:
                     vector -= noise
-        self._answered = _Answered(round_, context, participants, held)
+        self._answered = _Answered(round_, context, participants, own.keys, shares)
         more = round_ + 1 < session.first_round + session.settings.rounds
-        behind = self._blinded(session, round_, context, seed) + (self._deposit(round_ + 1) if more else b"")
+        behind = self._blinded(session, own, context, seed) + (self._deposit(round_ + 1) if more else b"")
         return tagged(session.to_server, context, "answer", ring_bytes(vector) + behind)
 
     def confirm(self, request: bytes) -> bytes:
@@ -335,9 +321,11 @@ class ClientSession:
         if not session.settings.consistency or answered.alive is not None:
             raise self._refusal("it was asked who is alive twice, or in a session without that stage")
         answered.alive = alive
-        keys = dict(zip(session.owners, session.vouching, strict=True))
-        there = [owner for owner, flag in zip(owners, alive, strict=True) if flag]
-        body = b"".join(_token(keys[owner], answered.context) for owner in there)
+        body = b"".join(
+            _token(answered.keys[owner], owner, session.place, answered.context)
+            for owner, there in zip(owners, alive, strict=True)
+            if there
+        )
         return tagged(session.to_server, answered.context, "confirm", body)
 
     def unmask(self, request: bytes) -> bytes:
@@ -354,10 +342,10 @@ class ClientSession:
             )
         r.end()
         self._answered = None  # from here on there is nothing more to open in this round
-        held = dict(zip(session.owners, answered.shares, strict=True))
-        keys = dict(zip(session.owners, session.unblinding, strict=True))
         kinds = [
-            derive(keys[owner], answered.context) if there else held[owner]
+            _pad(answered.keys[owner], owner, session.place, answered.context)
+            if there
+            else answered.shares[owner]
             for owner, there in zip(owners, alive, strict=True)
         ]
         opened_ = np.array([kind is not None for kind in kinds], bool)
@@ -366,11 +354,11 @@ class ClientSession:
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _blinded(self, s: _Session, round_: int, context: bytes, seed: bytes) -> bytes:
+    def _blinded(self, s: _Session, own: _Secrets, context: bytes, seed: bytes) -> bytes:
         """The shares of b for its holders, by way of the server."""
-        deposit = deposit_context(s.id, round_, s.place)
+        deposit = deposit_context(s.id, own.round, s.place)
         shares = [row.tobytes() for row in share(seed, s.settings.threshold, len(s.holders))]
-        pads = b"".join(derive(key, context) for key in s.blinding)
+        pads = b"".join(_pad(own.keys[holder], s.place, holder, context) for holder in s.holders)
         tags = (share_tag(deposit, i, 0, row) for i, row in zip(s.holders, shares, strict=True))
         return Blinded(commitment_to(deposit, seed), xor(b"".join(shares), pads), b"".join(tags)).encode()
 
@@ -379,34 +367,31 @@ class ClientSession:
         s = self._standing()
         if not max(s.turned, s.first_round) <= round_ < s.first_round + s.settings.rounds:
             raise self._refusal(f"round {round_} lies outside this session, or had its deposit already")
+        if round_ - s.turned > _MOST_TURNS:
+            raise self._refusal(f"round {round_} lies {round_ - s.turned} rounds ahead: agree on keys anew")
         for _ in range(s.turned, round_):
-            s.chains = [derive(chain, b"next") for chain in s.chains]
-        roots = [derive(chain, b"root") for chain in s.chains]
-        s.chains = [derive(chain, b"next") for chain in s.chains]
+            s.chains = {i: derive(chain, b"next") for i, chain in s.chains.items()}
+        keys = {i: derive(chain, b"round") for i, chain in s.chains.items()}
+        s.chains = {i: derive(chain, b"next") for i, chain in s.chains.items()}
         s.turned = round_ + 1
+        roots = b"".join(derive(key, b"root") for key in keys.values())
         rho = random_bytes(SECRET_BYTES)
         shares = [row.tobytes() for row in share(rho, s.settings.threshold, len(s.holders))]
         tags, bundles, context = [], [], deposit_context(s.id, round_, s.place)
-        for holder, channel, row in zip(s.holders, s.to_holder, shares, strict=True):
+        for holder, row in zip(s.holders, shares, strict=True):
             tags.append(share_tag(context, holder, 1, row))
-            bundles.append(seal(channel, round_, row, bundle_data(context, holder)))
-        deposit = Deposit(
-            seal(derive(rho, b"roots"), 0, b"".join(roots), context),
-            b"".join(tags),
-            bundles,
-        ).encode()
-        self._secrets = _Secrets(round_, dict(zip(s.partners, roots, strict=True)), deposit)
+            key = _channel(keys[holder], s.place, holder)
+            bundles.append(seal(key, 0, row, bundle_data(context, holder)))
+        sealed = seal(derive(rho, b"roots"), 0, roots, context)
+        deposit = Deposit(sealed, b"".join(tags), bundles).encode()
+        self._secrets = _Secrets(round_, keys, deposit)
         return deposit
 
-    def _opened_bundle(
-        self, s: _Session, round_: int, owner: int, key: bytes, bundle: bytes | None
-    ) -> bytes | None:
-        if bundle is None:
-            return None
+    def _opened_bundle(self, s: _Session, own: _Secrets, owner: int, bundle: bytes) -> bytes | None:
+        key = _channel(own.keys[owner], owner, s.place)
+        data = bundle_data(deposit_context(s.id, own.round, owner), s.place)
         try:
-            return open_sealed(
-                key, round_, bundle, bundle_data(deposit_context(s.id, round_, owner), s.place)
-            )
+            return open_sealed(key, 0, bundle, data)
         except SecurityError:
             return None
 
@@ -436,7 +421,9 @@ class ClientSession:
         told = places(r.flags(len(s.holders)))
         tokens = r.blocks(len(told), TOKEN_BYTES)
         good = sum(
-            hmac.compare_digest(_token(s.vouched[i], answered.context), token)
+            hmac.compare_digest(
+                _token(answered.keys[s.holders[i]], s.place, s.holders[i], answered.context), token
+            )
             for i, token in zip(told, tokens, strict=True)
         )
         needed = quorum(len(s.holders), s.colluders, s.settings.threshold)
@@ -462,9 +449,22 @@ class ClientSession:
         return SecurityError(f"client {self.name}: {why}")
 
 
-def _token(key: bytes, context: bytes) -> bytes:
-    """What a holder says when it says that a client is alive in the round of this context."""
-    return derive(key, context)[:TOKEN_BYTES]
+def _way(owner: int, holder: int) -> bytes:
+    """Two clients have one key a round: what goes one way must not be what goes the other."""
+    return b" up" if owner < holder else b" down"
+
+
+def _channel(key: bytes, owner: int, holder: int) -> bytes:
+    return derive(key, b"channel" + _way(owner, holder))
+
+
+def _token(key: bytes, owner: int, holder: int, context: bytes) -> bytes:
+    """What a holder says when it says that an owner is alive in this context."""
+    return derive(key, b"alive" + _way(owner, holder), context)[:TOKEN_BYTES]
+
+
+def _pad(key: bytes, owner: int, holder: int, context: bytes) -> bytes:
+    return derive(key, b"pad" + _way(owner, holder), context)
 
 
 def _server_key(opening: _Opening, id_: bytes) -> bytes:

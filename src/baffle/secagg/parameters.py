@@ -61,7 +61,7 @@ def colluders_among(holders: int, present: int, corrupt: int, security: float = 
 
     ``corrupt`` of the ``present`` clients do. Where everybody holds everybody's shares, all that do.
     """
-    corrupt = min(corrupt, present - 2)
+    corrupt = min(corrupt, present - 1)
     if holders >= present - 1:
         return corrupt
     return _exceeded(present - 1, corrupt, holders, security / (present - corrupt))
@@ -82,7 +82,8 @@ def hidden(
     security: float = SECURITY,
 ) -> int:
     """The fewest honest clients in anything that can be opened; 0 where nothing is certain."""
-    corrupt = min(corrupt, present - 2)
+    if present - corrupt < 2:
+        return 0
     honest, colluders = present - corrupt, colluders_among(holders, present, corrupt, security)
     everybody, left = holders >= present - 1, threshold - colluders
     both = (present if everybody else holders) + colluders

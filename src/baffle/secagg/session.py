@@ -93,23 +93,30 @@ class Policy:
 
     At least ``least`` honest clients in anything that can be opened, against a server that lies and a
     fraction ``corrupt`` of the members that help it; where holders are drawn, but for ``security``, a chance.
+    The server says who is a member, and may invite all of its helpers: ``helpers`` is how many are counted
+    with at least, however few are invited.
     """
 
     least: int = 3
     corrupt: float = 0.1
     security: float = SECURITY
+    helpers: int = 0
 
     def __post_init__(self) -> None:
-        if self.least < 2 or not 0.0 <= self.corrupt < 1.0 or not 0.0 < self.security < 1.0:
+        sound = 0.0 <= self.corrupt < 1.0 and 0.0 < self.security < 1.0 and self.helpers >= 0
+        if self.least < 2 or not sound:
             raise ConfigError(
                 f"a policy of least {self.least} (≥ 2), corrupt {self.corrupt} (in [0, 1)), "
-                f"security {self.security} (in (0, 1))"
+                f"security {self.security} (in (0, 1)), helpers {self.helpers} (≥ 0)"
             )
 
     def colluders(self, settings: Settings, members: int, present: int) -> int:
         """c: how many of a client's holders may collude with the server."""
-        corrupt = part(self.corrupt, members)
+        corrupt = self._corrupt(members)
         return colluders_among(settings.holders(present), present, corrupt, self.security)
+
+    def _corrupt(self, members: int) -> int:
+        return max(part(self.corrupt, members), self.helpers)
 
     def quorum(self, settings: Settings, members: int, present: int) -> int:
         """q: of how many of its holders a client must hear before it opens anything."""
@@ -128,7 +135,7 @@ class Policy:
             raise SecurityError(f"{holders} holders of one secret: at most {MOST_HOLDERS} are possible")
         if settings.threshold > holders:
             raise SecurityError(f"{present} clients: too few for {settings.threshold} shares")
-        corrupt = part(self.corrupt, members)
+        corrupt = self._corrupt(members)
         found = hidden(holders, present, corrupt, settings.threshold, settings.consistency, self.security)
         if found < self.least:
             stage = "with" if settings.consistency else "without"
