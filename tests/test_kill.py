@@ -375,7 +375,7 @@ def test_a_client_killed_at_any_stage(fleet, federation, consistency, stage, mom
     lied = asked_again(hash_of(b"another", server.aggregator.job))
     assert lied.total is None
     for name in [*first.answered["answer"], *([VICTIM] if remembers else [])]:
-        assert "these weights and this seed were answered before" in lied.refused[name]
+        assert "this seed was answered before, in another job" in lied.refused[name]
     lied = asked_again(server.aggregator.job)
     assert lied.total is None
     for name in others:

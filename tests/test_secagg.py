@@ -1,10 +1,13 @@
 """Secure sums as a whole: exact for every set of dropouts that leaves enough, and no sum for any other."""
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import json
+import os
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +15,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from baffle.errors import AggregationError, ConfigError, SecurityError
-from baffle.secagg.messages import commitment_to, deposit_context
-from baffle.secagg.primitives import Identity, KeyPair, derive
+from baffle.secagg import client as secagg_client
+from baffle.secagg.client import _pad as pad
+from baffle.secagg.client import _token as token
+from baffle.secagg.messages import TOKEN_BYTES, commitment_to, deposit_context
+from baffle.secagg.primitives import Identity, KeyPair, derive, seal
 from baffle.secagg.server import ServerRound
 from baffle.secagg.session import Policy, Roster, Settings
 from baffle.secagg.sharing import reconstruct
@@ -235,10 +241,213 @@ def test_one_share_short_every_secret_is_as_likely_and_so_is_every_vector():
     assert ((counts - 2000 / 256) ** 2).sum() / (
         2000 / 256
     ) < 400  # χ² with 255 degrees: above 1e-7 of chance
-    liar.words[0][0][4] = derive(liar.key(4, "unblinding", 0), liar.contexts[0])
+    liar.words[0][0][4] = pad(liar.client(4)._secrets.keys[0], 0, 4, liar.contexts[0])
     true = np.frombuffer(liar.shares(0, 0)[4], np.uint8)
     seed = reconstruct(points, np.stack([*held.values(), true]))
     assert commitment_to(deposit_context(liar.s.id, 0, 0), seed) == liar.blinded[0].commitment
+
+
+# -- no key twice ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("settings_", "count"), [FULL[-1], DRAWN[-1]])
+def test_no_two_bundles_pads_or_tokens_have_one_key(settings_, count):
+    """A pair has one key a round and every nonce is 0: so all depends on way and use."""
+    sealed, made = {}, {"_pad": {}, "_token": {}}
+
+    def counted_seal(key, nonce, plaintext, associated):
+        assert (key, nonce) not in sealed or sealed[key, nonce] == (plaintext, associated)
+        sealed[key, nonce] = plaintext, associated
+        return seal(key, nonce, plaintext, associated)
+
+    def counted(kind, true):
+        def make(key, owner, holder, context):
+            word = true(key, owner, holder, context)
+            made[kind].setdefault((owner, holder, context), set()).add(word)
+            return word
+
+        return make
+
+    with (
+        mock.patch.object(secagg_client, "seal", counted_seal),
+        mock.patch.object(secagg_client, "_pad", counted("_pad", pad)),
+        mock.patch.object(secagg_client, "_token", counted("_token", token)),
+    ):
+        world = World(settings_, count, POLICY)
+        world.agree()
+        for number in range(settings_.rounds):
+            vectors = draw(np.random.default_rng(number), world.names, 4, np.uint64)
+            assert np.array_equal(world.round(number, vectors)[0], total(vectors, world.names))
+    pairs = settings_.rounds * sum(map(len, world.server.holders))
+    assert len(sealed) == pairs + settings_.rounds * count  # each bundle, and each client's roots
+    assert {kind: len(found) for kind, found in made.items()} == {
+        "_pad": pairs,
+        "_token": pairs * settings_.consistency,
+    }
+    words = [word for found in made.values() for both in found.values() for word in both]
+    assert len(words) == len(set(words)) == pairs * (1 + settings_.consistency)  # both sides make the same
+
+
+# -- what a stolen device tells of the past ------------------------------------------------------------
+
+WAYS = b" up", b" down"
+
+
+def kept(thing, seen=None):
+    """All bytes that an object holds, however deep, and whatever secret key it holds besides."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, bytes | bytearray):
+        yield bytes(thing)
+    elif isinstance(thing, np.ndarray):
+        yield thing.tobytes()
+    elif isinstance(thing, KeyPair | Identity):
+        yield thing.to_bytes()
+    elif isinstance(thing, dict):
+        for key, value in thing.items():
+            yield from kept(key, seen)
+            yield from kept(value, seen)
+    elif isinstance(thing, list | tuple | set | frozenset):
+        for value in thing:
+            yield from kept(value, seen)
+    else:
+        yield from kept(getattr(thing, "__dict__", {}), seen)
+        yield from kept([getattr(thing, name, None) for name in getattr(thing, "__slots__", ())], seen)
+
+
+def keys_from(state, adverts, session):
+    """What may be the key of a round: by key agreement, and by two turns of a chain."""
+    known = {data[at : at + 32] for data in state for at in range(0, len(data) - 31, 32)}
+    for secret in {data for data in state if len(data) == 32}:
+        for public in adverts:
+            with contextlib.suppress(SecurityError):
+                known.add(derive(KeyPair.from_bytes(secret).agree(public), b"chain", session))
+    chains = known | {derive(key, b"next") for key in known}
+    chains |= {derive(key, b"next") for key in chains}
+    return chains | {derive(key, b"round") for key in chains}
+
+
+def uses(context):
+    """What a round's key of a pair is for."""
+    yield (b"root",)
+    for way in WAYS:
+        yield (b"channel" + way,)
+        yield (b"pad" + way, context)
+        yield (b"alive" + way, context)
+
+
+class Diary:
+    """What no client may know once a round is over: client → round → secrets of it, as they were in use."""
+
+    def __init__(self, world):
+        self.world, self.secrets, self.contexts = world, {}, {}
+        self.true = world.call
+        world.call = self.call
+
+    def call(self, stage, name, data, number=0, vector=None):
+        client, drawn = self.world.clients[name], []
+
+        def random_bytes(size):
+            drawn.append(os.urandom(size))
+            return drawn[-1]
+
+        before = dict(client._session.chains) if client._session else {}
+        with mock.patch("baffle.secagg.client.random_bytes", random_bytes):
+            message = self.true(stage, name, data, number, vector)
+        if stage == "share":
+            self.note(name, client._secrets, before, drawn)
+        elif stage == "answer":  # its own b, and ρ for the round to come
+            self.secrets[name][number] |= {"b": [drawn[0]]}
+            self.contexts[name, number] = client._answered.context
+            if client._secrets is not None:
+                self.note(name, client._secrets, before, drawn[1:])
+        return message
+
+    def note(self, name, secrets, chains, rho):
+        found = {"keys": list(secrets.keys.values()), "chains": list(chains.values()), "rho": rho}
+        self.secrets.setdefault(name, {})[secrets.round] = found
+
+    def told(self, name, number):
+        """How many secrets of a round the client's state gives, of each kind."""
+        state, server = list(kept(self.world.clients[name])), self.world.server
+        context = self.contexts.get((name, number), bytes(32))
+        keys = keys_from(state, [advert[:32] for advert in server._adverts.values()], server.id)
+        known = keys | {derive(key, *labels) for key in keys for labels in uses(context)}
+        secrets, whole = dict(self.secrets[name][number]), b"".join(state)
+        for labels in uses(context):
+            label = labels[0].split()[0].decode()
+            secrets[label] = secrets.get(label, []) + [derive(key, *labels) for key in secrets["keys"]]
+        return {
+            kind: sum(
+                value in known or (value[:TOKEN_BYTES] if kind == "alive" else value) in whole
+                for value in values
+            )
+            for kind, values in secrets.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("settings_", "count", "lost"),
+    [
+        (Settings(5, 4, False, 2, 3), 6, None),
+        (Settings(5, 4, False, 2, 3), 6, "answer"),
+        (Settings(5, 4, True, 2, 3), 6, "request"),
+        (Settings(5, 4, True, 2, 3), 9, "answer"),
+    ],
+    ids=["all with all", "answer lost", "consistency, request lost", "drawn, answer lost"],
+)
+def test_a_client_keeps_nothing_of_a_round_that_was_opened(settings_, count, lost):
+    """Whoever steals it afterwards makes no key, root, pad, word or channel of that round from what it holds.
+
+    Client 1 of ``lost`` took no part in round 0: the same holds for it after round 1.
+    """
+    world = World(settings_, count)
+    world.agree()
+    diary, rng = Diary(world), np.random.default_rng(0)
+    for number in range(2):
+        if number == 0 and lost == "answer":
+            world.drop({"answer": ["c001"]})
+        elif number == 0 and lost == "request":
+            world.request = lambda stage, name, data: None if (stage, name) == ("answer", "c001") else data
+        vectors = draw(rng, world.names, 4, np.uint64)
+        found, survivors = world.round(number, vectors)
+        assert np.array_equal(found, total(vectors, survivors))
+        assert ("c001" in survivors) == (lost is None or number == 1)
+        world.request = world.reply = lambda stage, name, data: data
+        for name in world.names:
+            for past in range(number + 1):
+                told = diary.told(name, past)
+                assert told.keys() >= {"keys", "chains", "rho", "root", "channel", "pad", "alive"}
+                if past == number and name not in survivors:
+                    assert told["keys"]  # it still waits for that round
+                else:
+                    assert not any(told.values()), (name, past, told)
+            if name in survivors:  # what it holds is of the next round alone
+                assert diary.told(name, number + 1)["keys"] == len(world.clients[name]._session.chains)
+
+
+def test_what_a_client_holds_in_a_round_tells_all_of_it():
+    """A control of the last test: between answer and opening, and from chains that were not turned."""
+    world = World(Settings(5, 4, True, 2, 4), 6)
+    world.agree()
+    diary = Diary(world)
+    world.drop({"confirm": world.names})
+    with pytest.raises(AggregationError, match="nothing was opened"):
+        world.round(0, draw(np.random.default_rng(0), world.names, 4, np.uint64))
+    client = world.clients["c000"]
+    told = diary.told("c000", 0)
+    assert told.pop("keys") == told.pop("root") == 5
+    assert told.pop("channel") == told.pop("pad") == told.pop("alive") == 10
+    assert not any(told.values())  # neither chains nor the secrets that it shared
+    client._answered = None
+    assert not any(diary.told("c000", 0).values())
+    client._session.chains = dict(enumerate(diary.secrets["c000"][1]["chains"]))
+    assert diary.told("c000", 1)["root"] == 5
+    agreed = client._session.chains[0]
+    client._session.chains = {0: derive(agreed, b"next")}
+    assert diary.told("c000", 1)["chains"] == 0
 
 
 # -- what is refused before anything is made ---------------------------------------------------------
@@ -253,6 +462,7 @@ def test_one_share_short_every_secret_is_as_likely_and_so_is_every_vector():
         (lambda: Settings(4, 3, rounds=0), "0 rounds"),
         (lambda: Policy(least=1), "policy of least 1"),
         (lambda: Policy(corrupt=1.0), "corrupt 1.0"),
+        (lambda: Policy(helpers=-1), "helpers -1"),
         (lambda: Roster({"a": bytes(32)}), "roster of 1"),
         (lambda: Roster({"a": bytes(32), "b": bytes(32)}), "one public key"),
         (lambda: Roster({"a": bytes(31), "b": bytes(32)}), "not 31"),

@@ -59,7 +59,9 @@ def test_a_part_of_the_clients(fraction, clients, count):
 def test_all_colluders_hold_shares_where_everybody_does():
     assert colluders_among(9, 10, 3) == 3
     assert colluders_among(50, 10, 3) == 3
-    assert colluders_among(9, 10, 10) == 8  # two are honest, or there is nobody to protect
+    for corrupt in (9, 10, 11, 50):  # one is honest: the client that counts
+        assert colluders_among(9, 10, corrupt) == 9
+    assert colluders_among(9, 10, 8) == 8
     assert colluders_among(48, 1000, 100) < 48
     assert colluders_among(48, 1000, 100) >= 5
 
@@ -170,6 +172,18 @@ def test_participants_told_apart_do_not_lower_the_count(honest):
         assert fewest >= honest - opened_at_most(honest, left)
 
 
+@pytest.mark.parametrize("holders", [3, 5, 8, 11])
+def test_one_honest_client_hides_behind_nobody(holders):
+    """Where fewer than two are honest nothing is certain, whatever the threshold."""
+    present = 12
+    for threshold, signed, corrupt in itertools.product(
+        range(2, holders + 1), (False, True), (present - 1, present, present + 1, 10 * present)
+    ):
+        assert hidden(holders, present, corrupt, threshold, signed) == 0
+    assert hidden(11, present, present - 2, 11, True) == 0  # nor with two: 2t ≤ k + c + 1 for every t ≤ k
+    assert hidden(11, present, present - 3, 11, True) == 3
+
+
 def test_drawn_holders_without_consistency_hide_nobody():
     assert hidden(48, 1000, 0, 40, False) == 0
     assert hidden(48, 1000, 0, 40, True) > 3
@@ -188,7 +202,7 @@ def check(found, clients, corrupt, dropout, least=3):
             continue  # everybody's holders are those present: then too few are
         everybody = holders == present - 1
         if everybody:
-            c = min(colluding, present - 2)
+            c = min(colluding, present - 1)
         else:
             law = hypergeometric(present - 1, colluding, holders)
             c = next(

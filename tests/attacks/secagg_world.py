@@ -14,6 +14,7 @@ import numpy as np
 
 from baffle.errors import BaffleError
 from baffle.secagg.client import ClientSession
+from baffle.secagg.client import _pad as pad
 from baffle.secagg.client import _token as token
 from baffle.secagg.messages import (
     SHORT_TAG,
@@ -161,13 +162,15 @@ class Liar:
         for i in range(len(s.names)):
             s.add_deposit(s.names[i], self.number, self.client(i).share(s.share_request(i, self.number)))
         self.deposits = {i: Deposit(d.sealed, d.tags, list(d.bundles)) for i, d in s.deposits.items()}
-        self.roots = {c: dict(self.client(c)._secrets.roots) for c in self.colluders}
+        self.keys = {c: dict(self.client(c)._secrets.keys) for c in self.colluders}
+        self.roots = {c: {i: derive(k, b"root") for i, k in keys.items()} for c, keys in self.keys.items()}
         self.contexts, self.masked, self.lists, self.blinded = {}, {}, {}, {}
         self.words = [{}, {}]  # pads for b, and shares of ρ: owner → {holder: 32 bytes}
         for c in self.colluders:
-            session = self.client(c)._session
-            for owner, key in zip(session.owners, session.from_owner, strict=True):
-                share = self.client(c)._opened_bundle(session, self.number, owner, key, self.bundle(owner, c))
+            client = self.client(c)
+            for owner in client._session.owners:
+                bundle = self.bundle(owner, c)
+                share = client._opened_bundle(client._session, client._secrets, owner, bundle)
                 self.words[1].setdefault(owner, {})[c] = share
         self.honest = [i for i in range(len(s.names)) if i not in self.colluders]
 
@@ -196,9 +199,8 @@ class Liar:
         self.masked[place] = ring_vector(message[: vector.nbytes], vector.dtype)
         self.blinded[place] = Blinded.read(Reader(message, vector.nbytes), len(self.s.holders[place]))
         for c in set(self.colluders) & set(self.s.holders[place]):
-            self.words[0].setdefault(place, {})[c] = derive(
-                self.key(c, "unblinding", place), self.contexts[place]
-            )
+            word = pad(self.keys[c][place], place, c, self.contexts[place])
+            self.words[0].setdefault(place, {})[c] = word
 
     def statuses(self, place, dead):
         owners = [o for o in self.s.owners[place] if o in self.lists[place]]
@@ -223,11 +225,6 @@ class Liar:
         for owner, share in zip(given, r.blocks(len(given), SECRET_BYTES), strict=True):
             self.words[int(owner in dead)].setdefault(owner, {})[place] = share
 
-    def key(self, place, kind, owner):
-        """One of the keys that a client keeps for its owners."""
-        session = self.client(place)._session
-        return getattr(session, kind)[session.owners.index(owner)]
-
     def said(self, heard):
         """owner → {holder: token}, as far as they are of the owner's context. ``heard``: place → ``dead``.
 
@@ -240,7 +237,7 @@ class Liar:
                     found.setdefault(owner, {})[place] = word
         for c in self.colluders:
             for owner in set(self.s.owners[c]) & set(self.contexts):
-                word = token(self.key(c, "vouching", owner), self.contexts[owner])
+                word = token(self.keys[c][owner], owner, c, self.contexts[owner])
                 found.setdefault(owner, {})[c] = word
         return found
 

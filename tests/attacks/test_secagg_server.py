@@ -1,19 +1,33 @@
 """A server that lies to its clients. Each attack ends in a named error, and opens nothing it should not."""
 
 import contextlib
+import copy
 import itertools
 import random
 import struct
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from baffle.errors import AggregationError, BaffleError, MessageError, SecurityError
-from baffle.secagg.messages import BUNDLE_BYTES, Offer, bits
+from baffle.secagg.messages import (
+    BUNDLE_BYTES,
+    SHORT_TAG,
+    Blinded,
+    Offer,
+    Reader,
+    bits,
+    deposit_context,
+    share_tag,
+    xor,
+)
 from baffle.secagg.parameters import hidden
-from baffle.secagg.primitives import KEY_BYTES, SIGNATURE_BYTES, KeyPair
+from baffle.secagg.primitives import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, KeyPair, derive
 from baffle.secagg.server import ServerSession
 from baffle.secagg.session import Policy, Settings
+from baffle.secagg.sharing import SECRET_BYTES
 from baffle.secure import Protection
 from tests.attacks.secagg_world import JOB, PLAN, TERMS, Liar, World, draw, split_views, total
 
@@ -356,14 +370,32 @@ def test_an_advert_of_the_same_offer_given_twice_leads_nowhere():
             lambda a, p=place: [first if p < 3 else second, *a[1:]]
         )
         deposits[place] = world.clients[s.names[place]].share(request)
-    ids = {world.clients[s.names[i]]._session.id for i in range(1, 6)}
-    assert len(ids) == 2
-    for i in range(1, 6):  # bundles of the other half do not open: too many are broken
+    clients = {i: world.clients[s.names[i]] for i in range(1, 6)}
+    assert len({client._session.id for client in clients.values()}) == 2
+    halves = {i: {1, 2} if i < 3 else {3, 4, 5} for i in clients}
+    about = {i: deposit_context(client._session.id, 0, i) for i, client in clients.items()}
+    flags, vectors = np.arange(6) > 0, draw(np.random.default_rng(0), range(6), 2, np.uint64)
+    blinded, opened = {}, {i: [] for i in clients}
+    for i, client in clients.items():
         owners = [o for o in range(6) if o not in (0, i)]
         bundles = [deposit_bundle(deposits[o], i if i < o else i - 1) for o in owners]
-        request = struct.pack("<Q", 0) + bits(np.arange(6) > 0) + b"".join(bundles)
-        with pytest.raises(SecurityError, match="bundles of shares do not open"):
-            world.clients[s.names[i]].answer(request, 0, PLAN, lambda: np.zeros(2, np.uint64))
+        request = struct.pack("<Q", 0) + bits(flags) + b"".join(bundles)
+        message = client.answer(request, 0, PLAN, lambda i=i: vectors[i])
+        blinded[i] = Blinded.read(Reader(message, 16), 5)
+        given = {o for o, share in client._answered.shares.items() if share is not None}
+        assert given == halves[i] - {i}  # bundles of the other half do not open
+    for i, client in clients.items():
+        owners = [o for o in range(6) if o not in (0, i)]
+        r = Reader(client.unmask(b"\x0f")[:-TAG_BYTES])
+        assert r.flags(4).all()
+        for o, word in zip(owners, r.blocks(4, SECRET_BYTES), strict=True):
+            at = i if i < o else i - 1
+            share = xor(word, blinded[o].shares[at * SECRET_BYTES : (at + 1) * SECRET_BYTES])
+            tag = blinded[o].tags[at * SHORT_TAG : (at + 1) * SHORT_TAG]
+            if share_tag(about[o], i, 0, share) == tag:
+                opened[o].append(i)
+    # Nor do the pads of one half serve the other: of four shares of a self-mask there are one or two.
+    assert opened == {i: sorted(halves[i] - {i}) for i in clients}
 
 
 def deposit_bundle(message, position, holders=5):
@@ -427,7 +459,7 @@ def test_a_made_up_neighbour_takes_nothing_off_an_answer():
     client.share(world.server.share_request(0, 0)[:start] + made_up)
     session = client._session
     assert session.owners == free
-    assert set(session.holders) <= set(session.partners)
+    assert set(session.holders) <= set(session.chains)
     # Its own holders' keys are signed: with each of them it masks, and only they have its shares.
     assert not set(session.holders) & set(free)
 
@@ -664,51 +696,114 @@ def bundles_of(request, count):
     return request[:start], [request[i : i + BUNDLE_BYTES] for i in range(start, len(request), BUNDLE_BYTES)]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda b: [b[1], b[0], *b[2:]],
-        lambda b: b[1:] + b[:1],
-        lambda b: [bytes(BUNDLE_BYTES)] * len(b),
-        lambda b: [b[0]] * len(b),
-        lambda b: [bytes([b[0][0] ^ 1]) + b[0][1:], *b[1:]],
-    ],
-    ids=["swapped", "moved on", "zeros", "all one", "one bit"],
-)
-def test_bundles_exchanged_between_owners(change):
-    liar = Liar(World(SIX, 6))
-    head, bundles = bundles_of(liar.answer_request(0, range(6)), 5)
-    with pytest.raises(SecurityError, match="bundles of shares do not open"):
-        liar.client(0).answer(head + b"".join(change(bundles)), 0, PLAN, lambda: 1 / 0)
-    liar.answer(0, range(6), np.zeros(2, np.uint64))
+CHANGES = {  # of the bundles that a holder gets; which of them still open
+    "swapped": (lambda b: [b[1], b[0], *b[2:]], lambda count: range(2, count)),
+    "moved on": (lambda b: b[1:] + b[:1], lambda count: ()),
+    "zeros": (lambda b: [bytes(BUNDLE_BYTES)] * len(b), lambda count: ()),
+    "all one": (lambda b: [b[0]] * len(b), lambda count: (0,)),
+    "one bit": (lambda b: [bytes([b[0][0] ^ 1]) + b[0][1:], *b[1:]], lambda count: range(1, count)),
+}
 
 
-def test_bundles_for_another_holder_or_of_another_round():
+@pytest.mark.parametrize("change", CHANGES)
+def test_bundles_exchanged_between_owners_open_nothing(change):
+    """Each holder opens what its owner sealed for it, and nothing else; of the others it has no share."""
+    liar, bundles_changed, left = Liar(World(SIX, 6)), *CHANGES[change]
+    for i in range(6):
+        head, bundles = bundles_of(liar.answer_request(i, range(6)), 5)
+        with mock_requests(liar, i, head + b"".join(bundles_changed(bundles))):
+            liar.answer(i, range(6), np.zeros(2, np.uint64))
+        client = liar.client(i)
+        owners = [o for position, o in enumerate(liar.s.owners[i]) if position in left(5)]
+        shares = client._answered.shares
+        assert [o for o in shares if shares[o] is not None] == owners
+        dead = set(liar.s.owners[i][:2])
+        liar.unmask(i, dead)
+        assert [o for o in dead if i in liar.words[1].get(o, {})] == [o for o in dead if o in owners]
+        assert all(liar.shares(1, o) == liar.words[1][o] for o in liar.words[1])  # and no wrong one
+
+
+@contextlib.contextmanager
+def mock_requests(liar, place, request):
+    """``liar`` asks this client with these bytes."""
+    liar.answer_request = lambda asked, participants: request if asked == place else None
+    yield
+    del liar.answer_request
+
+
+@pytest.mark.parametrize("settings", [SIX, SIGNED])
+@pytest.mark.parametrize("gone", [None, "c001", "c005"])
+@pytest.mark.parametrize("told", [1, 2, 6])
+@pytest.mark.parametrize("change", CHANGES)
+def test_exchanged_bundles_end_in_the_right_sum_or_in_a_named_abort(settings, change, told, gone):
+    """``told`` clients get others' bundles: nobody needs those of who answers; of who does not, four."""
+    world = World(settings, 6)
+    world.agree()
+    s, (exchange, opened) = world.server, CHANGES[change]
+
+    def request(stage, name, data):
+        if stage != "answer" or s.place(name) >= told:
+            return data
+        head, bundles = bundles_of(data, 5)
+        return head + b"".join(exchange(bundles))
+
+    world.request = request
+    world.drop({"answer": [gone]})
+    vectors = draw(np.random.default_rng(2), world.names, 4, np.uint64)
+    holders = [i for i in range(6) if s.names[i] != gone]
+    have = (
+        0
+        if gone is None
+        else sum(i >= told or s.owners[i].index(s.place(gone)) in opened(5) for i in holders)
+    )
+    if gone is None or have >= 4:
+        found, survivors = world.round(0, vectors)
+        assert survivors == [name for name in world.names if name != gone]
+        assert np.array_equal(found, total(vectors, survivors))
+    else:
+        why = f"of {have} shares {have} are its own, and 4 are needed; no sum is given"
+        with pytest.raises(AggregationError, match=f"the masks of client {gone} cannot be taken off: {why}"):
+            world.round(0, vectors)
+    assert not world.refused
+    world.request = lambda stage, name, data: data
+    world.drop({})
+    found, survivors = world.round(1, vectors)
+    assert survivors == world.names
+    assert np.array_equal(found, total(vectors, survivors))
+
+
+def test_bundles_for_another_holder_another_way_or_of_another_round():
+    """All that is sealed is for one holder of one owner in one round."""
     world = World(SIX, 6)
     liar = Liar(world)
-    head, _ = bundles_of(liar.answer_request(0, range(6)), 5)
+    s = liar.s
+
+    def nothing_opens(number, bundles, client):
+        head = struct.pack("<Q", number) + bits(np.ones(6, bool))
+        client.answer(head + b"".join(bundles), number, PLAN, lambda: np.zeros(2, np.uint64))
+        assert client._answered.shares == dict.fromkeys(range(1, 6))
+
     _, others = bundles_of(liar.answer_request(1, range(6)), 5)
-    with pytest.raises(SecurityError, match="5 bundles of shares do not open"):
-        liar.client(0).answer(head + b"".join(others), 0, PLAN, lambda: 1 / 0)
+    own = list(liar.deposits[0].bundles)  # what client 0 sealed for each of them, given back as theirs
     _, first = bundles_of(liar.answer_request(0, range(6)), 5)
-    vectors = draw(np.random.default_rng(1), world.names, 4, np.uint64)
-    world.round(0, vectors)
-    head = struct.pack("<Q", 1) + head[8:]
-    with pytest.raises(SecurityError, match="5 bundles of shares do not open"):
-        world.clients["c000"].answer(head + b"".join(first), 1, PLAN, lambda: 1 / 0)
+    nothing_opens(0, others, copy.deepcopy(liar.client(0)))
+    nothing_opens(0, own, copy.deepcopy(liar.client(0)))
+    true = copy.deepcopy(liar.client(0))  # and as a control
+    true.answer(liar.answer_request(0, range(6)), 0, PLAN, lambda: np.zeros(2, np.uint64))
+    assert None not in true._answered.shares.values()
+    world.round(0, draw(np.random.default_rng(1), world.names, 4, np.uint64))
+    nothing_opens(1, first, world.clients[s.names[0]])
 
 
-def test_a_colluder_may_break_as_many_bundles_as_there_are_colluders_and_not_one_more():
+@pytest.mark.parametrize("broken", range(9))
+def test_a_client_answers_however_many_bundles_are_broken(broken):
+    """It cannot know who lies; and what it does not open it does not give."""
     world = World(Settings(8, 6, True, 2, 1), 9, policy(2, 0.12))
     liar = Liar(world)
     head, bundles = bundles_of(liar.answer_request(0, range(9)), 8)
-    with pytest.raises(SecurityError, match="2 bundles"):
-        liar.client(0).answer(
-            head + b"".join([bytes(BUNDLE_BYTES)] * 2 + bundles[2:]), 0, PLAN, lambda: 1 / 0
-        )
-    liar.client(0).answer(
-        head + b"".join([bytes(BUNDLE_BYTES), *bundles[1:]]), 0, PLAN, lambda: np.zeros(1, "u8")
-    )
+    request, client = head + b"".join([bytes(BUNDLE_BYTES)] * broken + bundles[broken:]), liar.client(0)
+    client.answer(request, 0, PLAN, lambda: np.zeros(1, "u8"))
+    assert [o for o, share in client._answered.shares.items() if share is None] == list(range(1, 1 + broken))
 
 
 def test_nothing_of_the_last_session_opens_after_a_new_one_was_begun():
@@ -795,28 +890,87 @@ def test_too_few_answers_end_in_a_reason():
 # -- what is not stopped -------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="a fraction of the members colludes, and the server says who is one")
-def test_a_server_that_invites_its_friends_learns_nothing():
+def test_rounds_too_far_ahead_are_refused_and_cost_nothing():
+    """Each round that passes a client by is a turn of all its chains: no server makes it turn for ever."""
+    far = Settings(5, 4, False, 2, 2**32 - 1)
+    world = agreed(far)
+    client, request = world.clients["c000"], world.server.share_request(0, 0)
+    turns = []
+
+    def counted(key, *labels):
+        turns.append(labels)
+        return derive(key, *labels)
+
+    with mock.patch("baffle.secagg.client.derive", counted):
+        for number in (4097, 2**31, 2**32 - 2):
+            with pytest.raises(
+                SecurityError, match=f"round {number} lies {number} rounds ahead: agree on keys"
+            ):
+                client.share(struct.pack("<Q", number) + request[8:])
+    assert (b"next",) not in turns
+    assert client._session.turned == 0
+    assert client._secrets is None
+    client.share(struct.pack("<Q", 4096) + request[8:])  # the farthest that is not refused
+    assert client._session.turned == 4097
+    with pytest.raises(SecurityError, match="round 8194 lies 4097 rounds ahead"):
+        client.share(struct.pack("<Q", 8194))
+    client.share(struct.pack("<Q", 8193))
+
+
+# -- whom the server invites ---------------------------------------------------------------------------
+
+
+def invited(policy_):
     """Of twenty clients two collude, a tenth as the policy says; the server invites them and client 0 alone.
 
-    A policy that counted the colluders among the roster, not among those invited, would refuse.
+    The sum less what the two know, and what client 0 has; None for the first where there is no sum.
     """
-    world = World(Protection().settings(20), 20, Protection().policy)
-    invited = ["c000", "c018", "c019"]
-    server = ServerSession(
+    world = World(Protection().settings(20), 20, policy_)
+    names = ["c000", "c018", "c019"]
+    world.server = ServerSession(
         world.roster,
-        invited,
+        names,
         Protection().settings(3),
-        Protection().policy,
+        Protection().policy,  # of its own, which is no help
         job=JOB,
         first_round=0,
         binding=TERMS,
     )
-    world.server = server
-    world.agree()
     vectors = draw(np.random.default_rng(0), world.names, 4, np.uint64)
     try:
-        found, _ = world.round(0, vectors, invited)
+        world.agree()
+        found, _ = world.round(0, vectors, names)
     except AggregationError:
-        return
-    assert not np.array_equal(found - vectors["c018"] - vectors["c019"], vectors["c000"])
+        return None, vectors["c000"], world
+    return found - vectors["c018"] - vectors["c019"], vectors["c000"], world
+
+
+def test_a_server_that_invites_its_friends_learns_nothing():
+    """``helpers`` counts them however few are invited."""
+    policy_ = replace(Protection().policy, helpers=2)
+    found, _, world = invited(policy_)
+    assert found is None
+    assert "2 of 3 clients colluding: 0 honest clients" in str(world.refused["advertise", "c000"])
+    assert {stage for _, stage, *_ in world.log} == {"advertise"}
+
+
+def test_a_fraction_of_the_members_alone_does_not_keep_a_server_from_inviting_its_friends():
+    """A tenth of three is nobody: the known hole of a policy that says nothing of ``helpers``."""
+    found, own, _ = invited(Protection().policy)
+    assert np.array_equal(found, own)
+
+
+@pytest.mark.parametrize("members", range(3, 21))
+def test_helpers_are_counted_however_few_are_invited(members):
+    """As many as are said, or the fraction where that is more; and enough honest ones, or no session."""
+    settings = Settings(members - 1, members - 1, True, 2)
+    for helpers, corrupt in itertools.product(range(8), (0.0, 0.1, 0.3)):
+        policy_ = Policy(least=2, corrupt=corrupt, helpers=helpers)
+        c = max(helpers, int(corrupt * members + 1e-9))
+        least = hidden(members - 1, members, c, members - 1, True) if c < members else 0
+        assert policy_.colluders(settings, members, members) == min(c, members - 1)
+        if least < 2:
+            with pytest.raises(SecurityError, match="policy asks for 2"):
+                policy_.check(settings, members, members)
+        else:
+            assert policy_.check(settings, members, members) == least == members - c
