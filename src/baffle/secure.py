@@ -11,7 +11,6 @@ this protects, and against whom not.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -195,7 +194,7 @@ class MemoryLedger:
 
 
 class FileLedger:
-    """A ledger on disk: one line an answer, synced before the answer leaves. One process at a time.
+    """A ledger on disk: one line an answer, synced before the answer leaves. One process at a time; POSIX.
 
     Raises DataError where the file cannot be read or written, is damaged, or is another process's.
     """
@@ -213,6 +212,8 @@ class FileLedger:
             raise
 
     def _load(self) -> None:
+        import fcntl  # POSIX alone has it: elsewhere no ledger is better than one that two processes share
+
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             data = self._path.read_bytes()
