@@ -38,10 +38,11 @@ _PATIENCE = 2  # rounds in a row without a sum, before keys are agreed on anew
 class Protection:
     """How secure sums are made; Settings are found for the number of clients at hand.
 
-    Private while at most a fraction ``corrupt`` of the clients collude with the server: at least ``least``
-    honest ones hide each other, whatever it does. A sum comes out while at most ``dropout`` of them vanish,
-    at any stage. ``rounds`` are served by one key agreement. ``consistency`` asks for the stage in which
-    clients say who is alive before they open anything, also where the counts do not need it.
+    Private while at most a fraction ``corrupt`` of the clients, or ``helpers`` of them where that is more,
+    collude with the server: at least ``least`` honest ones hide each other, whatever it does. A sum comes out
+    while at most ``dropout`` of them vanish, at any stage. ``rounds`` are served by one key agreement.
+    ``consistency`` asks for the stage in which clients say who is alive before they open anything, also where
+    the counts do not need it.
     """
 
     corrupt: float = 0.1
@@ -49,16 +50,18 @@ class Protection:
     least: int = 3
     rounds: int = 100
     consistency: bool = False
+    helpers: int = 0
 
     def settings(self, members: int) -> Settings:
         """Raises ConfigError where no threshold serves both fractions."""
-        found = find(members, self.corrupt, self.dropout, least=self.least, consistency=self.consistency)
+        corrupt = max(self.corrupt, min(self.helpers / members, 1 - 1 / members))
+        found = find(members, corrupt, self.dropout, least=self.least, consistency=self.consistency)
         return Settings(found.degree, found.threshold, found.consistency, self.least, self.rounds)
 
     @property
     def policy(self) -> Policy:
         """What clients insist on that were told to be protected so."""
-        return Policy(self.least, self.corrupt)
+        return Policy(self.least, self.corrupt, helpers=self.helpers)
 
 
 # -- the server's half ------------------------------------------------------------------------------
@@ -304,6 +307,7 @@ class SecureSeal:
         if len(request) < 4:
             raise MessageError("an offer of a session cut short")
         (size,) = struct.unpack_from("<I", request)
+        self._terms = None
         terms = Terms.decode(request[4 : 4 + size])  # which refuses what can overflow
         terms.check_plan(plan)
         message = self._session.advertise(request[4 + size :], terms.digest)

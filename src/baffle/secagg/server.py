@@ -498,7 +498,8 @@ class ServerRound:
             why = "its shares do not open what it deposited"
             if self._survivors[owner]:
                 why = "its shares give another secret than the one that it committed to"
-        if came >= threshold:  # not for want of answers: it lied, or many of its holders
+        asked = sum(holder in self._opened for holder in self.session.holders[owner])
+        if asked >= threshold:  # not for want of answers: it lied, or many of its holders
             self.session.exclude(owner)
         raise self._unopened(owner, why)
 
