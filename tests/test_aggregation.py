@@ -12,51 +12,12 @@ from baffle.client import Client, Download
 from baffle.errors import AggregationError, BaffleError, ConfigError, LossError, MessageError, SecurityError
 from baffle.estimator import SteinEstimator
 from baffle.fixedpoint import FixedPoint
-from baffle.perturbations import Layout
 from baffle.plan import LocalTraining, RoundResult
 from baffle.privacy import Privacy
-from baffle.runtimes import Batch
 from baffle.server import Server
 from baffle.simulation import simulate
 from baffle.terms import RingResult, Terms
-
-K, N = 6, 20
-
-
-class Slope:
-    """L(w) of a client's own: (w − t)²/2 averaged over n parameters and its samples t. NumPy alone."""
-
-    layout, frozen_digest = Layout.flat(N), bytes(32)
-    factor = 1.0
-
-    def weights(self):
-        return np.linspace(-1, 1, N, dtype=np.float32)
-
-    def check_sigma(self, sigma):
-        pass
-
-    def loss(self, weights, batch):
-        return self.factor * float(np.mean((weights.astype(np.float64) - batch.inputs[:, None]) ** 2)) / 2
-
-    def losses(self, weights, batch, stream, perturbation, directions, scale):
-        wide = weights.astype(np.float64)
-        z = (perturbation.values(stream, k, self.layout, 0, N) for k in directions)
-        return np.array([self.loss(wide + scale * row, batch) for row in z])
-
-    def gradient(self, weights, batch):
-        return (weights - batch.inputs.mean()) / np.float32(N), self.loss(weights, batch)
-
-
-class Points:
-    def __init__(self, count, seed):
-        self.points = np.random.default_rng(seed).normal(size=count)
-
-    def __len__(self):
-        return len(self.points)
-
-    def batch(self, indices):
-        return Batch(self.points[indices], self.points[indices])
-
+from tests.contracts.slope import K, N, Points, Slope
 
 SIZES = {"anna": 11, "bo": 5, "cleo": 24, "dora": 8}
 BUDGETS = {"anna": 2, "bo": None, "cleo": 5, "dora": 4}

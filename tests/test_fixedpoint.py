@@ -199,3 +199,26 @@ def test_settings_that_cannot_be(settings, words):
 def test_counts_that_cannot_be(counts):
     with pytest.raises(ConfigError, match="at least 1 of each"):
         FixedPoint().check(*counts)
+
+
+def test_a_step_is_far_below_what_float32_does_to_a_slope():
+    """The job of the paper, ten clients with 6,000 samples: the noise of float32 losses beside a step."""
+    import torch
+
+    from baffle import data, models
+    from baffle.estimator import SteinEstimator
+    from baffle.runtimes.torch import TorchRuntime
+    from baffle.stream import Stream, seed_from
+
+    point = FixedPoint.fitting(10, 6000, 1024.0)
+    batch = data.digits()[0].batch(slice(0, 32))
+    estimator, stream = SteinEstimator(40), Stream(seed_from(0), 0)
+    single, double = (
+        TorchRuntime(models.build("lenet", 1, 10, 0).to(kind)) for kind in (torch.float32, torch.float64)
+    )
+    weights = single.weights()
+    rounded, exact = (estimator.slopes(one, weights, batch, stream).slopes for one in (single, double))
+    noise = float(np.sqrt(np.mean((rounded - exact) ** 2)))
+    assert noise < 0.1 * np.abs(exact).mean()  # it is noise on a slope that is there
+    assert np.abs(point.decode(point.encode(rounded)) - rounded).max() <= 2.0 ** -(point.fraction_bits + 1)
+    assert 2.0**-point.fraction_bits < 1e-4 * noise

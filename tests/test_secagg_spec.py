@@ -152,10 +152,11 @@ class Client:
     def share(self, request):
         (round_,) = struct.unpack("<Q", request[:8])
         if not self.chains:
+            self.heard = H(request[8:])
             self.introduce(request[8:])
         if self.prepared is None or self.prepared[0] != round_:
             self.deposit(round_)
-        return self.tagged(H(self.S, round_), b"share", self.prepared[2])
+        return self.tagged(H(self.S, round_, self.heard), b"share", self.prepared[2])
 
     def introduce(self, data):
         present, data = self.admit(data)

@@ -26,51 +26,15 @@ from baffle.errors import (
 )
 from baffle.estimator import SteinEstimator
 from baffle.fixedpoint import FixedPoint
-from baffle.perturbations import Layout
 from baffle.plan import LocalTraining, RoundPlan
 from baffle.privacy import Privacy
-from baffle.runtimes import Batch
 from baffle.secagg.primitives import Identity
 from baffle.secagg.session import Policy, Roster
 from baffle.secure import FileLedger, MemoryLedger, Protection, SecureSeal, SecureSum, binding_of
 from baffle.server import Server
 from baffle.simulation import random_drops, simulate
 from baffle.terms import Terms
-
-K, N = 6, 20
-
-
-class Slope:
-    """L(w) of a client's own: (w − t)²/2 averaged over n parameters and its samples t. NumPy alone."""
-
-    layout, frozen_digest = Layout.flat(N), bytes(32)
-    factor = 1.0
-
-    def weights(self):
-        return np.linspace(-1, 1, N, dtype=np.float32)
-
-    def check_sigma(self, sigma):
-        pass
-
-    def loss(self, weights, batch):
-        return self.factor * float(np.mean((weights.astype(np.float64) - batch.inputs[:, None]) ** 2)) / 2
-
-    def losses(self, weights, batch, stream, perturbation, directions, scale):
-        wide = weights.astype(np.float64)
-        z = (perturbation.values(stream, k, self.layout, 0, N) for k in directions)
-        return np.array([self.loss(wide + scale * row, batch) for row in z])
-
-
-class Points:
-    def __init__(self, count, seed):
-        self.points = np.random.default_rng(seed).normal(size=count)
-
-    def __len__(self):
-        return len(self.points)
-
-    def batch(self, indices):
-        return Batch(self.points[indices], self.points[indices])
-
+from tests.contracts.slope import K, Points, Slope
 
 SIZES = {f"c{i}": 5 + 3 * (i % 4) for i in range(8)}
 BUDGETS = {"c0": 2, "c2": 5, "c3": 2, "c5": 5}

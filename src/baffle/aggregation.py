@@ -177,9 +177,7 @@ class IntegerSum:
 
     def open(self, plan: RoundPlan, names: Sequence[str]) -> Tally:
         """Raises ConfigError where the terms do not fit the plan, or are for fewer clients."""
-        self.terms.check_plan(plan)
-        if len(names) > self.terms.cohort:
-            raise ConfigError(f"{len(names)} clients: the terms are for {self.terms.cohort} at most")
+        self.terms.check_round(plan, len(names))
         return _RingTally(plan, self.terms, names)
 
 

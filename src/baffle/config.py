@@ -139,7 +139,9 @@ class TrainConfig:
     device: str = _setting("cpu", "where forward passes run: cpu, cuda, cuda:1")
     threads: int | None = _setting(None, "processor cores to use (default: all)")
     evaluate_every: int = _setting(10, "rounds between two looks at the test set")
-    checkpoint_every: int = _setting(10, "rounds between two checkpoints")
+    checkpoint_every: int = _setting(
+        10, "rounds between two checkpoints; secure and private runs write one each round"
+    )
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):

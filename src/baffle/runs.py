@@ -162,6 +162,26 @@ class RunFolder:
             raise DataError(f"cannot write {self._metrics}: {error.strerror}") from error
         self.log.sync()
 
+    # -- resumes ------------------------------------------------------------------------------------
+
+    @property
+    def _resumes(self) -> Path:
+        """One byte for each time that a private run was gone on with."""
+        return self.path / "resumes"
+
+    def resumes(self) -> int:
+        """How often ``note_resume`` was called."""
+        return self._resumes.stat().st_size if self._resumes.exists() else 0
+
+    def note_resume(self) -> None:
+        """On disk when it returns: before anybody is asked again."""
+        try:
+            with self._resumes.open("ab") as file:
+                file.write(b"+")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(f"cannot write {self._resumes}: {error.strerror}") from error
+
     # -- weights ------------------------------------------------------------------------------------
 
     def save_weights(self, weights: NDArray[np.float32], ema: NDArray[np.float32]) -> None:

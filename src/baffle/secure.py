@@ -86,11 +86,7 @@ class SecureSum:
         self.lost = 0  # rounds in a row that gave no sum
 
     def open(self, plan: RoundPlan, names: Sequence[str]) -> Tally:
-        self.terms.check_plan(plan)
-        if len(names) > self.terms.cohort:
-            raise ConfigError(
-                f"{len(names)} clients in a cohort: the terms have room for {self.terms.cohort}"
-            )
+        self.terms.check_round(plan, len(names))
         return _SecureTally(self, plan, names)
 
     def session(self, plan: RoundPlan, names: Sequence[str]) -> tuple[ServerSession, bool]:

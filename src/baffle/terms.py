@@ -107,6 +107,12 @@ class Terms:
         if plan.batch_size == 0:
             raise ConfigError("privacy of an example needs a batch size: the number of examples expected")
 
+    def check_round(self, plan: RoundPlan, clients: int) -> None:
+        """``check_plan``, and ConfigError for more clients than a sum has room for."""
+        self.check_plan(plan)
+        if clients > self.cohort:
+            raise ConfigError(f"{clients} clients in a cohort: the terms have room for {self.cohort}")
+
     def check_samples(self, samples: int) -> None:
         """Raises ConfigError for a client with more samples than fit."""
         client_unit = self.privacy is not None and self.privacy.unit == "client"

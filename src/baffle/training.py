@@ -78,7 +78,8 @@ def resume(
     job = build(folder.config())
     events = _tensorboard() if tensorboard else None
     if job.accountant is not None:
-        _note_resume(folder)
+        # The round that was interrupted may have been answered, and is asked again, with other noise.
+        folder.note_resume()
     try:
         if folder.checkpoint.exists() or folder.metrics():
             load_checkpoint(folder.checkpoint, job.server)
@@ -89,23 +90,6 @@ def resume(
     except (CheckpointError, DataError) as error:
         raise CheckpointError(f"{error}; to begin anew: --config {path / 'config.toml'}") from error
     return _run(job, folder, report, stop, events)
-
-
-def _note_resume(folder: RunFolder) -> None:
-    """On disk before anybody is asked: the round that was interrupted may have been answered, and is asked
-    again, with other noise. So it counts twice.
-    """
-    try:
-        with _resumes(folder).open("ab") as file:
-            file.write(b"+")
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise DataError(f"cannot write {_resumes(folder)}: {error.strerror}") from error
-
-
-def _resumes(folder: RunFolder) -> Path:
-    """One byte for each time that a private run was gone on with."""
-    return folder.path / "resumes"
 
 
 def _has_log(config: TrainConfig) -> bool:
@@ -122,7 +106,7 @@ def _run(job: Job, folder: RunFolder, report: Report, stop: Callable[[], bool], 
 
 def _rounds(job: Job, folder: RunFolder, report: Report, stop: Callable[[], bool], writer: Any) -> RunFolder:
     config, server, totals = job.config, job.server, _Totals(folder.metrics())
-    again = _resumes(folder).stat().st_size if _resumes(folder).exists() else 0
+    again = folder.resumes()
     started, first = time.perf_counter(), server.round
     for record in simulate(server, job.clients, rounds=job.rounds, cohort=config.cohort, drops=job.drops):
         done = record.round + 1

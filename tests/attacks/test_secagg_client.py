@@ -42,7 +42,7 @@ def resigned(world, stage, number, body):
     """``body`` as client LIAR would send it: with a code that is its own."""
     client = world.clients[LIAR]._session
     if stage == "share":
-        context = hash_of(client.id, number)
+        context = hash_of(client.id, number, client.introduction)
     else:
         context = world.clients[LIAR]._answered.context if world.clients[LIAR]._answered else world.context
     return tagged(client.to_server, context, stage, body)
@@ -59,7 +59,8 @@ def lying(world, number, change, stages=("share", "answer", "confirm", "unmask")
             return message
         answered = world.clients[name]._answered or pending
         world.context = answered.context if answered else b""
-        context = hash_of(world.clients[name]._session.id, number_) if stage == "share" else world.context
+        heard = world.clients[name]._session
+        context = hash_of(heard.id, number_, heard.introduction) if stage == "share" else world.context
         return tagged(
             world.clients[name]._session.to_server, context, stage, change(stage, message[:-TAG_BYTES])
         )
@@ -421,6 +422,26 @@ def test_a_choice_of_holders_that_cannot_be(choice):
     found, survivors = world.round(0, vectors)
     assert LIAR not in survivors
     assert np.array_equal(found, total(vectors, survivors))
+
+
+@pytest.mark.parametrize("at", ["place", "key"])
+def test_an_introduction_that_was_changed_on_the_wire_is_noticed(at):
+    """Neighbours that chose a client are told to it unsigned: what it heard is in the code of its deposit."""
+    world = world_of(DRAWN, 9)
+
+    def request(stage, name, data):
+        if (stage, name) != ("share", LIAR):
+            return data
+        where = len(data) - (KEY_BYTES + 2 if at == "place" else 1)  # of the last neighbour
+        return data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :]
+
+    world.request = request
+    world.agree()
+    vectors = vectors_of(world)
+    found, survivors = world.round(0, vectors)
+    assert survivors == [name for name in world.names if name != LIAR]
+    assert np.array_equal(found, total(vectors, survivors))
+    assert ("share", LIAR) in world.refused
 
 
 # -- garbage -----------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class ClientSession:
 
     Raises SecurityError for a request that a truthful server would not make, or that protects less than
     ``policy``, and MessageError for bytes that are none. Whatever was refused has revealed nothing; what has
-    been answered once is not answered again. Memory: some 200 bytes a neighbour.
+    been answered once is not answered again. Memory: a few keys and shares a neighbour.
     """
 
     def __init__(self, name: str, identity: Identity, roster: Roster, policy: Policy) -> None:
@@ -189,7 +189,8 @@ class ClientSession:
             raise self._refusal("the others' keys have changed in a session that stands")
         session, own = self._session, self._secrets
         deposit = own.deposit if own is not None and own.round == round_ else self._deposit(round_)
-        return tagged(session.to_server, hash_of(session.id, round_), "share", deposit)
+        context = hash_of(session.id, round_, session.introduction)
+        return tagged(session.to_server, context, "share", deposit)
 
     def _admit(self, opening: _Opening, present: Flags) -> tuple[int, int]:
         """Takes the list of those present; returns this client's place in it, and its length."""
@@ -234,7 +235,7 @@ class ClientSession:
             owners = self._in_neighbours(r, place, count, known)
             holders = sorted(opening.choice)
         r.end()
-        if sum(known[i] == opening.key.public for i in known):
+        if opening.key.public in known.values():
             raise self._refusal("its own key came back as another client's")
         agreed = {i: opening.key.agree(key) for i, key in known.items()}
         return _Session(
@@ -286,16 +287,13 @@ class ClientSession:
         if round_ != number:
             raise self._refusal(f"a request of round {round_} came with the plan of round {number}")
         participants = r.flags(session.count)
-        self._check_round(session, round_, participants)
+        own = self._check_round(session, round_, participants)
         owners = [i for i in session.owners if participants[i]]
         bundles = dict(zip(owners, r.blocks(len(owners), BUNDLE_BYTES), strict=True))
         r.end()
         vector = measure()
         ring_bits = 8 * vector.dtype.itemsize
         context = round_context(session.id, round_, bits(participants), binding, ring_bits, len(vector))
-        own = self._secrets
-        if own is None or own.round != round_:
-            raise self._refusal(f"it has no masks for round {round_}, or has used them")
         self._secrets = None
         # A bundle that does not open, by its owner's fault or the server's, is a share less for the server.
         shares = {i: self._opened_bundle(session, own, i, bundle) for i, bundle in bundles.items()}
@@ -395,8 +393,10 @@ class ClientSession:
         except SecurityError:
             return None
 
-    def _check_round(self, s: _Session, round_: int, participants: Flags) -> None:
-        if self._secrets is None or self._secrets.round != round_:
+    def _check_round(self, s: _Session, round_: int, participants: Flags) -> _Secrets:
+        """What masks this round, if its participants are enough."""
+        own = self._secrets
+        if own is None or own.round != round_:
             raise self._refusal(
                 f"it has no masks for round {round_}: it was answered, or never deposited for"
             )
@@ -410,6 +410,7 @@ class ClientSession:
         able = sum(bool(participants[i]) for i in s.holders)
         if able < s.settings.threshold:
             raise self._refusal(f"{able} holders of its shares take part: {s.settings.threshold} are needed")
+        return own
 
     def _statuses(self, s: _Session, answered: _Answered, r: Reader) -> tuple[list[int], Flags]:
         """Its owners that take part, and which of them are said to be alive."""

@@ -43,7 +43,7 @@ FULL_UP_TO = 100
 
 @dataclass(frozen=True)
 class Parameters:
-    """``degree`` k holders a client, ``threshold`` t, and whether clients sign who is alive."""
+    """``degree`` k holders a client, ``threshold`` t, and whether clients say who is alive."""
 
     degree: int
     threshold: int
@@ -68,7 +68,7 @@ def colluders_among(holders: int, present: int, corrupt: int, security: float = 
 
 
 def quorum(holders: int, colluders: int, threshold: int) -> int:
-    """q: the signatures of its holders that a client asks for before it opens anything."""
+    """q: of how many of its holders a client must hear that it is alive before it opens anything."""
     return holders + colluders - threshold + 1
 
 

@@ -1,8 +1,8 @@
 """The server's half of secure aggregation: it relays, adds up, and takes off the masks of the sum.
 
 It is the party that is not trusted: nothing here protects anybody, all of that is in ``client``. What this
-half owes its user is to end in the right sum or in a named error: it checks who made a message, every share
-against its tag, and every opened secret against what its owner committed to.
+half owes its user is to end in the right sum or in a named error: it checks who made a message, every opened
+secret against what its owner committed to, and where that fails every share against its tag.
 """
 
 from __future__ import annotations
@@ -91,6 +91,9 @@ class ServerSession:
         self.partners: list[list[int]] = []
         self.deposits: dict[int, Deposit] = {}  # for the round to come, by place
         self._introduced: set[int] = set()
+        self._introductions: dict[
+            int, bytes
+        ] = {}  # by place, the hash of what a client was told of the others
 
     @property
     def last_round(self) -> int:
@@ -189,11 +192,17 @@ class ServerSession:
         head = struct.pack("<Q", round_)
         if place in self._introduced:
             return head
+        introduction = self._introduction(place)
+        self._introductions[place] = hash_of(introduction)
+        return head + introduction
+
+    def _introduction(self, place: int) -> bytes:
+        """Who is present, and the keys of all or of a client's neighbours."""
         if self._full:
-            return b"".join((head, self.present, *self._advert))
+            return b"".join((self.present, *self._advert))
         chosen = [self._advert[i] for i in self._choices[place]]
         owners = [struct.pack("<H", i) + self._advert[i][:KEY_BYTES] for i in self.owners[place]]
-        return b"".join((head, self.present, *chosen, struct.pack("<H", len(owners)), *owners))
+        return b"".join((self.present, *chosen, struct.pack("<H", len(owners)), *owners))
 
     def lacking(self, names: Sequence[str]) -> list[int]:
         """Places of those of ``names`` that can take part and have made no deposit yet."""
@@ -202,7 +211,9 @@ class ServerSession:
 
     def add_deposit(self, name: str, round_: int, message: bytes) -> None:
         place = self.place(name)
-        body = untagged(self.keys[place], hash_of(self.id, round_), "share", message, name)
+        # Those that chose a client are told to it unsigned: its code is over what it heard.
+        context = hash_of(self.id, round_, self._introductions.get(place, b""))
+        body = untagged(self.keys[place], context, "share", message, name)
         r = Reader(body)
         self.deposits[place] = self.read_deposit(place, r)
         r.end()

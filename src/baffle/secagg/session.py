@@ -40,7 +40,7 @@ class Roster:
             raise ConfigError("two clients of the roster have one public key")
         self.names = tuple(sorted(keys))
         self.keys = tuple(keys[name] for name in self.names)
-        self.digest = hash_of(b"roster", *(part for n in self.names for part in (n.encode(), keys[n])))
+        self.digest = hash_of(b"roster", *(field for n in self.names for field in (n.encode(), keys[n])))
         self._place = {name: place for place, name in enumerate(self.names)}
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Settings:
 
     degree       k, the holders of shares of one client's secrets; members − 1 or more: everybody
     threshold    t, the shares that open a secret
-    consistency  clients sign who is alive before they open anything
+    consistency  clients say who is alive before they open anything
     least        the fewest clients in a sum
     rounds       how many rounds one key agreement serves
     """
