@@ -9,6 +9,7 @@ BaffleError                 one clear line: what, where, what to do; the command
 ├── LossError               a loss came out NaN or infinite; names the direction
 ├── MessageError            bytes that are no message of this version
 ├── DigestMismatchError     a client holds other weights than the plan was made for
+├── DeliveryError           a message that did not reach a client, or no reply by the deadline
 ├── AggregationError        answers that cannot be summed (none, of two rounds, of two lengths)
 ├── SecurityError           a step refused, because someone may be lying or too little is protected
 └── CheckpointError         a checkpoint or log that is damaged, or of another job
@@ -57,6 +58,18 @@ class MessageError(BaffleError, ValueError):
 
 class DigestMismatchError(BaffleError):
     """A client holds other weights than the plan was made for."""
+
+
+class DeliveryError(BaffleError):
+    """A message that did not reach a client, or whose reply did not come. A driver yields it, as it is.
+
+    ``reason``: "late" (no reply by the deadline), "gone" (its process or connection ended), "unknown" (an
+    identity that is not expected), "malformed" (bytes that the transport could not take).
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class AggregationError(BaffleError):

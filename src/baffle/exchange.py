@@ -1,0 +1,127 @@
+"""One exchange between server and device: an ``Envelope`` down, a ``Reply`` up (``docs/spec.md``, section 13).
+
+Every driver carries these two and nothing else, so that what happens to a round does not depend on how its
+bytes travel. A reply names its envelope by a hash: one that is repeated, late or meant for another is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, get_args
+
+from baffle.errors import ConfigError, MessageError
+from baffle.wire import Reader, choice, decoding, header
+
+HELLO = "hello"  # the stage in which a device says its name: no plan, no request
+TICKET_BYTES = 16
+_LONGEST_NAME = 64  # of a stage
+_LONGEST_TEXT = 500  # of a reason, in bytes
+
+Status = Literal["answer", "digest", "refused", "failed", "malformed"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a device is given: a stage's request, the round's plan, and what makes it hold the weights.
+
+    ``package`` is for the stage ``answer`` (``downlink``), and empty in others. ``plan`` is empty for ``hello``.
+    """
+
+    stage: str
+    plan: bytes = b""
+    request: bytes = b""
+    package: bytes = b""
+
+    KIND: ClassVar[int] = 11
+
+    def __post_init__(self) -> None:
+        if not (self.stage.isascii() and self.stage.isalpha() and len(self.stage) <= _LONGEST_NAME):
+            raise ConfigError(f"a stage's name is 1 to {_LONGEST_NAME} letters, not {self.stage[:80]!r}")
+
+    @property
+    def _head(self) -> bytes:
+        stage = self.stage.encode()
+        return b"".join(
+            (
+                header(self.KIND),
+                struct.pack("<B", len(stage)) + stage,
+                struct.pack("<I", len(self.plan)) + self.plan,
+                struct.pack("<I", len(self.request)) + self.request,
+                struct.pack("<Q", len(self.package)),
+            )
+        )
+
+    @cached_property
+    def ticket(self) -> bytes:
+        """16 bytes of SHA-256 over all but the package, whose weights the plan's digest proves."""
+        return hashlib.sha256(self._head).digest()[:TICKET_BYTES]
+
+    def encode(self) -> bytes:
+        return self._head + self.package
+
+    @classmethod
+    def decode(cls, data: bytes) -> Envelope:
+        r = Reader(data, cls.KIND)
+        with decoding("an envelope"):
+            stage = r.take(r.integer("B")).decode("ascii")
+            plan = r.take(r.integer("I"))
+            request = r.take(r.integer("I"))
+            package = r.take(r.integer("Q"))
+            r.end()
+            return cls(stage, plan, request, package)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a device gives back.
+
+    status     body
+    answer     the stage's answer
+    digest     what it holds instead of the plan's weights: round u64 ‖ digest, or nothing
+    refused    why its seal refused: a step that protects too little, or a lie
+    failed     why it could not measure
+    malformed  why it could not read the envelope, whose ticket may then be zeros
+    """
+
+    ticket: bytes
+    status: Status
+    body: bytes
+
+    KIND: ClassVar[int] = 12
+    OVERHEAD: ClassVar[int] = 6 + TICKET_BYTES + 1 + 4  # bytes beside the body
+
+    def __post_init__(self) -> None:
+        if len(self.ticket) != TICKET_BYTES:
+            raise ConfigError(f"a ticket has {TICKET_BYTES} bytes, not {len(self.ticket)}")
+
+    @classmethod
+    def explaining(cls, ticket: bytes, status: Status, text: object) -> Reply:
+        """A reply whose body is one line of text, cut where it is too long."""
+        line = " ".join(str(text).split()).encode("utf-8", "replace")[:_LONGEST_TEXT]
+        return cls(ticket, status, line)
+
+    @property
+    def text(self) -> str:
+        """The body as one printable line: it comes from a stranger."""
+        decoded = self.body[:_LONGEST_TEXT].decode("utf-8", "replace")
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in decoded)
+
+    def encode(self) -> bytes:
+        head = self.ticket + struct.pack("<BI", STATUSES.index(self.status), len(self.body))
+        return b"".join((header(self.KIND), head, self.body))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Reply:
+        r = Reader(data, cls.KIND)
+        with decoding("a reply"):
+            ticket = r.take(TICKET_BYTES)
+            status = choice(STATUSES, r.integer("B"), "status")
+            body = r.take(r.integer("I"))
+            r.end()
+            if status not in ("answer", "digest") and len(body) > _LONGEST_TEXT:
+                raise MessageError("a reason that is longer than a line")
+            return cls(ticket, status, body)
