@@ -21,7 +21,7 @@ MODULES = {
 
 # A module imports from rows above its own in this table, inside functions too.
 ROWS = """
-    errors environment
+    errors environment events
     stream wire fixedpoint config law optimizers runtimes.prefix models._layers data.files data.partition
     secagg.primitives secagg.sharing
     kernels privacy secagg secagg.parameters
