@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baffle import events
-from baffle.events import JsonLines, Tail, clean, emit, plain, reading, recording
+from baffle.events import JsonLines, Tail, clean, emit, plain, reading
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def heard():
 
 
 def test_an_event_is_one_json_object_a_line(file):
-    with recording(file):
+    with events.to(file):
         emit("dropout", "client-004 is late", level="warning", round=3, stage="answer", client="client-004")
         emit("resume", "goes on from round 4")
     first, second = map(json.loads, file.read_text(encoding="utf-8").splitlines())
@@ -64,14 +64,14 @@ def test_an_event_is_one_json_object_a_line(file):
 
 def test_only_what_is_said_meanwhile_is_recorded(file):
     emit("run", "before")
-    with recording(file):
+    with events.to(file):
         emit("run", "meanwhile")
     emit("run", "after")
     assert [event["text"] for event in reading(file)] == ["meanwhile"]
 
 
 def test_a_field_cannot_take_the_place_of_what_every_event_has(file):
-    with recording(file):
+    with events.to(file):
         emit("run", "true", time="never", **{"le vel\n": 1})
     (event,) = reading(file)
     assert event["time"] != "never"
@@ -79,7 +79,7 @@ def test_a_field_cannot_take_the_place_of_what_every_event_has(file):
 
 
 def test_levels_have_names(file):
-    with recording(file), pytest.raises(KeyError):
+    with events.to(file), pytest.raises(KeyError):
         emit("run", "text", level="loud")
 
 
@@ -87,7 +87,7 @@ def test_levels_have_names(file):
 
 
 def test_handlers_of_the_user_see_what_their_level_lets_through(file, heard):
-    with recording(file):
+    with events.to(file):
         emit("node-came", "client-001 is here")
         emit("dropout", "client-001 is late", level="warning", reason="late")
     assert [record.getMessage() for record in heard] == ["client-001 is late"]
@@ -149,7 +149,7 @@ def test_nothing_is_printed_unasked():
 )
 def test_texts_are_made_harmless(hostile, shown, file):
     assert clean(hostile) == shown
-    with recording(file):
+    with events.to(file):
         emit(hostile, hostile, level="warning", **{hostile: hostile, "list": [hostile, {hostile: hostile}]})
     lines = file.read_bytes().decode("utf-8").splitlines()  # splits at more than \n
     assert len(lines) == 1
@@ -171,7 +171,7 @@ def test_a_clean_text_is_one_printable_bounded_line(text, most):
 def test_length_is_bounded(file):
     assert clean("x" * 10**6) == "x" * 499 + "…"
     assert clean("\x00" * 499, 10) == r"\x00\x00\…"
-    with recording(file):
+    with events.to(file):
         emit("e" * 10**6, "t" * 10**6, names=["n" * 1000] * 10**5, table=dict.fromkeys(range(10**4), "v"))
     assert file.stat().st_size < 150_000
 
@@ -199,7 +199,7 @@ def test_any_value_can_be_a_field():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
 def test_a_full_disk_is_said_once_and_breaks_nothing(capsys):
-    with recording("/dev/full"):
+    with events.to("/dev/full"):
         emit("run", "one")
         emit("run", "two")
     assert capsys.readouterr().err == "cannot write /dev/full: No space left on device; events are lost\n"
@@ -207,7 +207,7 @@ def test_a_full_disk_is_said_once_and_breaks_nothing(capsys):
 
 def test_events_go_on_when_the_disk_has_room_again(tmp_path, capsys):
     file = tmp_path / "later" / "events.jsonl"
-    with recording(file):
+    with events.to(file):
         emit("run", "lost")
         file.parent.mkdir()
         emit("run", "kept")
@@ -217,14 +217,14 @@ def test_events_go_on_when_the_disk_has_room_again(tmp_path, capsys):
 
 def test_a_closed_stderr_breaks_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    with recording("/nowhere/events.jsonl"):
+    with events.to("/nowhere/events.jsonl"):
         emit("run", "one")
 
 
 def test_a_line_that_was_cut_short_takes_no_other_with_it(file):
     file.write_bytes(b'{"event": "run"}\n{"event": "dropo')
     assert [event["event"] for event in reading(file)] == ["run"]
-    with recording(file):
+    with events.to(file):
         emit("resume", "goes on")
         emit("ended", "done")
     assert [event["event"] for event in reading(file)] == ["run", "resume", "ended"]
@@ -284,6 +284,6 @@ def test_a_tail_does_not_read_again_what_lies_before_the_last_line(file):
 
 
 def test_files_are_let_go_of(file):
-    with pytest.raises(RuntimeError), recording(file):
+    with pytest.raises(RuntimeError), events.to(file):
         raise RuntimeError
     assert events._FILES == []

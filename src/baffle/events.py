@@ -3,7 +3,7 @@
 An event is a short name, one line of text and fields with names: ``dropout``, "client-004 did not answer in
 time", client = "client-004", reason = "late". Handlers of a user's own see it as ``record.event``,
 ``record.fields`` and the message, at the levels that the user's logging lets through. A run's folder keeps
-all of them, one JSON object a line (``recording``). Nothing is printed unasked.
+all of them, one JSON object a line (``to``). Nothing is printed unasked.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _as_dict(record: logging.LogRecord) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def recording(path: str | os.PathLike[str]) -> Iterator[None]:
+def to(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps in the file at ``path`` what ``emit`` says meanwhile, whatever level the user's logging has."""
     file = JsonLines(path)
     _FILES.append(file)
