@@ -57,7 +57,15 @@ class MessageError(BaffleError, ValueError):
 
 
 class DigestMismatchError(BaffleError):
-    """A client holds other weights than the plan was made for."""
+    """A client holds other weights than the plan was made for.
+
+    ``held`` says which, where the client keeps weights from round to round: the round (u64) and their digest
+    (32 bytes); no bytes where it holds none.
+    """
+
+    def __init__(self, text: str, held: bytes = b"") -> None:
+        super().__init__(text)
+        self.held = held
 
 
 class DeliveryError(BaffleError):
