@@ -22,9 +22,9 @@ MODULES = {
 # A module imports from rows above its own in this table, inside functions too.
 ROWS = """
     errors environment events
-    stream wire fixedpoint config law optimizers runtimes.prefix models._layers data.files data.partition
+    stream wire fixedpoint config law rules runtimes.prefix models._layers data.files data.partition
     secagg.primitives secagg.sharing
-    kernels privacy secagg secagg.parameters
+    kernels privacy optimizers secagg secagg.parameters
     kernels.directions kernels.simd secagg.session
     kernels.winograd secagg.messages
     kernels.layers secagg.client secagg.server
@@ -36,7 +36,7 @@ ROWS = """
     runtimes.sweeps runtimes.tangent
     estimator runtimes.torch data.dataset
     plan data.folders
-    terms local data.hub
+    terms local downlink data.hub
     aggregation vectors
     client server secure data.sources
     simulation checkpoint data
