@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-check scale secagg clean
+.PHONY: demo test test-deploy test-slice lint format bench bench-check scale secagg clean
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,10 @@ BIN := .venv/bin
 
 .venv/.dev: .venv/.demo
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.deploy: .venv/.dev
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[flower,flare]'
 	touch $@
 
 .venv/.bench: .venv/.demo
@@ -35,6 +39,13 @@ format: .venv/.dev
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Real Flower and FLARE processes on this machine; test-slice is the short part that CI runs.
+test-deploy: .venv/.deploy
+	$(BIN)/python -m pytest tests/deploy
+
+test-slice: .venv/.deploy
+	$(BIN)/python -m pytest tests/deploy -m slice
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/bench.py

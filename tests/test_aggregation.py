@@ -46,7 +46,7 @@ def run(s, clients, rounds=1, **options):
 
 
 def download(s):
-    return Download(s.plan().encode(), s.model().encode())
+    return Download.decode(s.plan().encode(), s.model().encode())
 
 
 # -- IntegerSum and PlainSum -----------------------------------------------------------------------------
@@ -213,11 +213,11 @@ def test_requests_are_counted_down_and_ring_answers_up():
     asked = []
     (record,) = run(s, federation(), drops=lambda r, name: bool(asked.append(name)) or name == "cleo")
     assert asked == sorted(SIZES)
-    assert record.bytes_down == 4 * (plan + model + len(terms().encode()))
-    assert record.bytes_up == 3 * (83 + 8 * (K + 1))
+    assert record.bytes_down == 4 * (29 + plan + model + len(terms().encode()))
+    assert record.bytes_up == 3 * (27 + 83 + 8 * (K + 1))
     assert (record.participants, record.dropped, record.forward_passes) == (4, 1, 4 * (K + 1))
     law = server(IntegerSum(terms()), fidelity="law")
-    assert run(law, federation())[0].bytes_up == 4 * (58 + 4 * K)  # the simulator's gradient stands for those
+    assert run(law, federation())[0].bytes_up == 4 * (27 + 58 + 4 * K)  # a gradient stands for those
 
 
 def test_a_round_that_nobody_answers():
@@ -298,9 +298,18 @@ def test_the_driver_goes_through_all_stages_and_counts_them():
     plain = run(server(), federation(), drops=lambda _, name: name == "bo")[0]
     assert record.total.values.tobytes() == plain.total.values.tobytes()
     assert (record.loss, record.dropped, record.forward_passes) == (plain.loss, 1, 4 * (K + 1))
-    letters = sum(map(len, names))
-    assert record.bytes_down - plain.bytes_down == 4 * 6 + letters + 4 * 8 + letters + 3 * 7 + letters - 2
-    assert record.bytes_up - plain.bytes_up == 4 * 6 + letters + 3 * 8 + letters - 2
+    letters, plan = sum(map(len, names)), len(record.plan.encode())
+    # Two stages more than a plain round: in their envelopes 23 bytes, the name of the stage and the plan.
+    requests = 4 * 6 + letters + 4 * 8 + letters + 3 * 7 + letters - 2
+    envelopes = 4 * (23 + plan + len("greet")) + 3 * (23 + plan + len("confirm"))
+    assert record.bytes_down - plain.bytes_down == requests + envelopes
+    assert record.bytes_up - plain.bytes_up == 4 * 6 + letters + 3 * 8 + letters - 2 + (4 + 3) * 27
+    assert [(s.name, s.asked, s.answered) for s in record.stages] == [
+        ("greet", 4, 4),
+        (ANSWER, 4, 3),
+        ("confirm", 3, 3),
+    ]
+    assert record.as_dict()["dropouts"] == {ANSWER: {"simulated": 1}}
 
 
 def test_a_stage_that_refuses_to_go_on_aborts_the_round_with_its_reason():
@@ -349,7 +358,7 @@ def test_an_open_seal_knows_one_stage():
 
 def test_stages_before_the_answer_need_no_model():
     s = server()
-    early, client = Download(s.plan().encode()), echoing()[0]
+    early, client = Download.decode(s.plan().encode()), echoing()[0]
     assert client.reply("greet", b"hello anna", early) == b"greet:anna"
     with pytest.raises(BaffleError, match="ask the server for the model"):
         client.reply(ANSWER, b"hello anna", early)

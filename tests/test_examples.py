@@ -302,7 +302,7 @@ def serving(terms, **options):
 
 
 def download(s):
-    return Download(s.plan().encode(), s.model().encode())
+    return Download.decode(s.plan().encode(), s.model().encode())
 
 
 @pytest.fixture
@@ -412,7 +412,7 @@ def test_what_a_client_refuses_of_examples():
     with pytest.raises(ConfigError, match="client c, round 0: 41 samples exceed"):
         many.reply(ANSWER, private().encode(), download(s))
     moved = s.model().weights + np.float32(1)
-    wrong = Download(s.plan().encode(), type(s.model())(moved).encode())
+    wrong = Download.decode(s.plan().encode(), type(s.model())(moved).encode())
     nobody = private(rate=2.0**-70)  # also where no example was drawn
     with pytest.raises(DigestMismatchError, match="client c"):
         Client("c", TorchRuntime(small()), Recorded()).reply(ANSWER, nobody.encode(), wrong)

@@ -440,11 +440,11 @@ def test_bytes_are_those_of_the_messages(fidelity, local):
     up = [len(c.answer(plan, model)) for c in federation()]
     (record,) = run(s, clients, 1)
     assert len(model) == 14 + 4 * 43
-    assert record.bytes_down == 3 * (len(plan) + 14 + 4 * 43)
+    assert record.bytes_down == 3 * (29 + len(plan) + 14 + 4 * 43)  # an envelope has 29 bytes of its own
     numbers = 43 if local or fidelity == "backprop" else 8
-    assert record.bytes_up == 3 * (58 + 4 * numbers)
+    assert record.bytes_up == 3 * (27 + 58 + 4 * numbers)  # and a reply 27
     if not (fidelity == "law" and local is None):  # there the simulator's message is a gradient
-        assert record.bytes_up == sum(up)
+        assert record.bytes_up == 3 * 27 + sum(up)
     steps = sum(-(-n // 4) for n in SIZES.values()) if local else 3
     assert record.forward_passes == (0 if fidelity == "backprop" else 9 * steps)
     assert record.fidelity == fidelity

@@ -110,7 +110,7 @@ while head := sys.stdin.buffer.read(4):
         held(ticket)
     me.runtime.measuring = (lambda: held(ticket)) if moment == b"measuring" else (lambda: None)
     try:
-        kind, answer = b"answer", me.reply(stage.decode(), request, baffle.Download(plan, model))
+        kind, answer = b"answer", me.reply(stage.decode(), request, baffle.Download.decode(plan, model))
     except baffle.BaffleError as error:
         kind, answer = b"error", f"{type(error).__name__}: {error}".encode()
     if moment == b"after":
@@ -270,7 +270,7 @@ def plain(terms, out, names):
     tally = baffle.IntegerSum(terms).open(out.plan, names)
     (stage,) = tally.stages()
     for name in names:
-        download = baffle.Download(out.plan.encode(), out.model)
+        download = baffle.Download.decode(out.plan.encode(), out.model)
         tally.add(name, client(name).reply(stage.name, stage.requests[name], download))
     return tally.close()
 

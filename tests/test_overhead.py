@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from baffle import client as client_module
+from baffle import endpoint as endpoint_module
 from baffle import law
 from baffle.aggregation import PlainSum
 from baffle.client import Client, Download
@@ -24,7 +25,7 @@ from baffle.errors import AggregationError, DigestMismatchError, LossError, Mess
 from baffle.estimator import SteinEstimator
 from baffle.local import clip_inf_norm
 from baffle.perturbations import Layout
-from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, RoundSum
+from baffle.plan import LocalTraining, ModelMessage, RoundResult, RoundSum
 from baffle.runtimes import Batch
 from baffle.server import Server
 from baffle.simulation import random_drops, simulate
@@ -99,9 +100,10 @@ def calls(monkeypatch):
 
         return wrapper
 
-    for kind in (RoundPlan, ModelMessage, RoundResult):
+    for kind in (ModelMessage, RoundResult):
         monkeypatch.setattr(kind, "decode", counted(kind.__name__, kind.decode))
-    monkeypatch.setattr(client_module, "weights_digest", counted("digest", client_module.weights_digest))
+    for module in (client_module, endpoint_module):
+        monkeypatch.setattr(module, "weights_digest", counted("digest", module.weights_digest))
     return seen
 
 
@@ -111,8 +113,8 @@ def test_a_round_comes_down_once_and_goes_up_by_client(calls, fidelity, count):
     runtime = Bowl(50)
     s = server(runtime, fidelity)
     records = list(simulate(s, federation(count, runtime), rounds=3))
-    assert calls == {"RoundPlan": 3, "ModelMessage": 3, "digest": 3, "RoundResult": 3 * count}
-    assert all(r.bytes_down == count * (108 + 14 + 4 * 50) for r in records)  # and still counts for each
+    assert calls == {"ModelMessage": 3, "digest": 3, "RoundResult": 3 * count}
+    assert all(r.bytes_down == count * (29 + 108 + 14 + 4 * 50) for r in records)  # and still counts for each
 
 
 def test_each_runtime_checks_for_itself(calls):
@@ -136,7 +138,7 @@ def test_a_device_checks_at_every_answer(calls):
     s, (client,) = server(runtime), federation(1, runtime)
     plan, model = s.plan().encode(), s.model().encode()
     assert client.answer(plan, model) == client.answer(plan, model)
-    assert calls == {"RoundPlan": 2, "ModelMessage": 2, "digest": 2}
+    assert calls == {"ModelMessage": 2, "digest": 2}
 
 
 def test_a_shared_download_lets_no_wrong_model_through():
@@ -144,7 +146,7 @@ def test_a_shared_download_lets_no_wrong_model_through():
     s = server(right)
     plan, model = s.plan().encode(), s.model().encode()
     good, bad, short = (Client("c", runtime, Three()) for runtime in (right, other, Bowl(49)))
-    download = Download(plan, model)
+    download = Download.decode(plan, model)
     for _ in range(2):  # neither a refusal nor a success is passed on to another runtime
         for wrong in (bad, short):
             with pytest.raises(DigestMismatchError):
@@ -153,12 +155,12 @@ def test_a_shared_download_lets_no_wrong_model_through():
     for place in (14, len(model) - 3):
         flipped = bytearray(model)
         flipped[place] ^= 1
-        tampered = Download(plan, bytes(flipped))
+        tampered = Download.decode(plan, bytes(flipped))
         for _ in range(2):
             with pytest.raises(DigestMismatchError):
                 good.answer_to(tampered)
     with pytest.raises(MessageError):
-        Download(plan, model[:-1])
+        Download.decode(plan, model[:-1])
     with pytest.raises(ValueError, match="read-only"):
         download.weights[0] = 1.0
 
@@ -166,7 +168,7 @@ def test_a_shared_download_lets_no_wrong_model_through():
 def test_runtimes_that_come_and_go_are_told_apart():
     """An id is used again once its object is gone: the download must not take the new one for the old."""
     s = server(Bowl(50))
-    download = Download(s.plan().encode(), s.model().encode())
+    download = Download.decode(s.plan().encode(), s.model().encode())
     for _ in range(50):
         assert download.fits(Bowl(50))
         assert not download.fits(Bowl(50, frozen=b"\1" * 32))
@@ -282,7 +284,7 @@ def test_the_server_steps_alike_on_answers_at_hand_and_on_a_tally():
     clients = federation(4, runtime)
     streamed, held = (server(runtime, "backprop", ema=0.9) for _ in range(2))
     for _ in range(3):
-        download = Download(held.plan().encode(), held.model().encode())
+        download = Download.decode(held.plan().encode(), held.model().encode())
         sent = {c.name: RoundResult.decode(c.answer_to(download)) for c in reversed(clients)}
         total = held.step(sent)
         record = next(simulate(streamed, clients, rounds=held.round))
@@ -298,7 +300,7 @@ def test_a_round_of_many_clients_and_drops_is_the_mean_of_who_answered():
     (record,) = simulate(s, federation(50, runtime), rounds=1, cohort=20, drops=drops)
     assert 0 < record.dropped < 20
     np.testing.assert_array_equal(record.total.values, here.astype(np.float64))
-    assert record.bytes_up == (20 - record.dropped) * (58 + 4 * 6)
+    assert record.bytes_up == (20 - record.dropped) * (27 + 58 + 4 * 6)
 
 
 # --- a refused step ------------------------------------------------------------------------------

@@ -669,7 +669,7 @@ def test_a_level_that_one_client_reaches_alone_is_shown_to_who_allows_levels():
     alone = Client("c0", Slope(), Points(SIZES["c0"], 0), seed=1)
     plan = records[0].plan
     model = Server(Slope(), SteinEstimator(K, 1e-3), seed=2, batch_size=0).model()
-    answer = alone._result(Download(plan.encode(), model.encode()))
+    answer = alone._result(Download.decode(plan.encode(), model.encode()))
     step = 2.0**-found.fixed_point.fraction_bits
     assert np.allclose(records[0].total.values[2:], answer.values[2:], rtol=1e-6, atol=step)
     assert not np.allclose(records[0].total.values[:2], answer.values[:2], rtol=1e-3)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from baffle.aggregation import Aggregator, IntegerSum, PlainSum, Seal, Stage, Tally
 from baffle.client import Client, Download, Samples
+from baffle.endpoint import Endpoint
 from baffle.errors import BaffleError
 from baffle.estimator import SteinEstimator
 from baffle.fixedpoint import FixedPoint
@@ -27,24 +28,27 @@ from baffle.terms import Terms
 
 if TYPE_CHECKING:
     from baffle.checkpoint import ScalarLog, load_checkpoint, replay, save_checkpoint
-    from baffle.optimizers import RAdaZO
+    from baffle.federation import Driver, RoundRecord
+    from baffle.optimizers import Portable, RAdaZO
     from baffle.privacy import Accountant
     from baffle.runtimes.torch import TorchRuntime, cross_entropy, evaluate
     from baffle.secagg.primitives import Identity
     from baffle.secagg.session import Policy, Roster
     from baffle.secure import FileLedger, Protection, SecureSeal, SecureSum
     from baffle.server import Server
-    from baffle.simulation import RoundRecord, random_drops, simulate
+    from baffle.simulation import random_drops, simulate
 
 _LAZY = {
     "Accountant": "baffle.privacy",
+    "Driver": "baffle.federation",
     "FileLedger": "baffle.secure",
     "Identity": "baffle.secagg.primitives",
     "Policy": "baffle.secagg.session",
+    "Portable": "baffle.optimizers",
     "Protection": "baffle.secure",
     "RAdaZO": "baffle.optimizers",
     "Roster": "baffle.secagg.session",
-    "RoundRecord": "baffle.simulation",
+    "RoundRecord": "baffle.federation",
     "ScalarLog": "baffle.checkpoint",
     "SecureSeal": "baffle.secure",
     "SecureSum": "baffle.secure",
@@ -68,6 +72,8 @@ __all__ = [
     "Client",
     "DifferentiableRuntime",
     "Download",
+    "Driver",
+    "Endpoint",
     "ExampleRuntime",
     "FileLedger",
     "FixedPoint",
@@ -81,6 +87,7 @@ __all__ = [
     "Perturbation",
     "PlainSum",
     "Policy",
+    "Portable",
     "Privacy",
     "Protection",
     "RAdaZO",

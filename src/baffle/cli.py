@@ -9,8 +9,9 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +19,7 @@ from baffle.config import TrainConfig, read_toml, value_type
 from baffle.errors import BaffleError, ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
+    from baffle.federation import Driver
     from baffle.runs import RunFolder
     from baffle.training import Progress
 
@@ -69,11 +71,14 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = _command(commands, "train", _train, "train a model in a simulated federation")
+    train = _command(commands, "train", _train, "train a model in a federation: simulated, or of devices")
     train.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME-N)")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with this run; takes no settings")
     train.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win")
     train.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events")
+    train.add_argument(
+        "--devices", type=Path, metavar="DIR", help="with the devices that listen there (baffle device)"
+    )
     _add_settings(train)
 
     compare = _command(
@@ -90,10 +95,38 @@ def parser() -> argparse.ArgumentParser:
         "--weights", choices=("ema", "final"), default="ema", help="which weights (default: ema)"
     )
 
+    watch = _command(commands, "top", _top, "watch a run live: rounds, dropouts, bytes, seconds, ε, accuracy")
+    watch.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    watch.add_argument(
+        "--every", type=float, default=1.0, metavar="SECONDS", help="time between two looks (default: 1)"
+    )
+    watch.add_argument(
+        "--once", action="store_true", help="print one page and end; so too where the output is no terminal"
+    )
+    watch.add_argument(
+        "--serve",
+        metavar="HOST:PORT",
+        help="also answer Prometheus there; without a host, from this machine alone",
+    )
+
     data = _command(commands, "data", _data, "show how a data set is dealt to the clients")
     data.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win")
     data.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of the partition here")
     _add_settings(data, {"data", "data_folder", "image_size", "clients", "partition", "alpha", "seed"})
+
+    device = _command(commands, "device", _device, "be one client of a federation, behind a socket")
+    device.add_argument("--name", required=True, metavar="NAME", help="the client's name")
+    device.add_argument("--listen", type=Path, required=True, metavar="PATH", help="socket to listen at")
+    device.add_argument("--identity", type=Path, metavar="FILE", help="secure: its key (baffle identity)")
+    device.add_argument(
+        "--ledger", type=Path, metavar="FILE", help="secure: what it answered, kept for good (needed there)"
+    )
+    device.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win")
+    _add_settings(device)
+
+    identity = _command(commands, "identity", _identity, "make a client's key; prints its line of the roster")
+    identity.add_argument("file", type=Path, metavar="FILE", help="where the key goes; nothing may be there")
+    identity.add_argument("--name", required=True, metavar="NAME", help="the client's name")
 
     _command(commands, "vectors", _vectors, "print the published test vectors as JSON")
     _command(
@@ -168,19 +201,32 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{options.resume} has ended already: nothing is left to run")
     elif not plots.available():
         print("matplotlib is not installed: curves.png will be left out", file=sys.stderr)
+    driver = _driver(options, config)
     with _stopping() as stop, _display() as show:
         if config is None:
             path = options.resume
-            run = training.resume(path, show, stop=stop, tensorboard=options.tensorboard)
+            run = training.resume(path, show, driver=driver, stop=stop, tensorboard=options.tensorboard)
         else:
             path = options.run or next_run(Path("runs"), f"{config.data.split(':')[0]}-{config.model}")
-            run = training.train(config, path, show, stop=stop, tensorboard=options.tensorboard)
+            run = training.train(
+                config, path, show, driver=driver, stop=stop, tensorboard=options.tensorboard
+            )
     if not run.ended:
         command = shlex.join(["baffle", "train", "--resume", str(path)])
         print(f"stopped after round {run.rounds_done()}; go on with: {command}")
         return 130
     print(_summary(run))
     return 0
+
+
+def _driver(options: argparse.Namespace, config: TrainConfig | None) -> Driver | None:
+    if options.devices is None:
+        return None
+    from baffle.device import Sockets
+
+    if not options.devices.is_dir():
+        raise ConfigError(f"{options.devices} is no folder: devices listen in one (baffle device --listen)")
+    return Sockets(options.devices, least=1 if config is None else config.clients)
 
 
 def _summary(run: RunFolder) -> str:
@@ -366,6 +412,29 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _top(options: argparse.Namespace) -> int:
+    if not 0.1 <= options.every <= 3600:
+        raise ConfigError(f"every = {options.every:g}: it lies in [0.1, 3600] seconds")
+    if options.once and options.serve is not None:
+        raise ConfigError("--once prints one page and ends: nobody could ask what --serve offers")
+    from baffle import prometheus, top
+    from baffle.watch import Watch
+
+    watch, url = Watch(options.run), ""
+    with ExitStack() as stack:
+        if options.serve is not None:
+            url = stack.enter_context(prometheus.serving(watch, *prometheus.address(options.serve)))
+        if top.on_terminal() and not options.once:
+            top.live(watch, options.every, url)
+        elif url:
+            print(f"{options.run}: {url}", flush=True)
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
+        else:
+            top.once(watch)
+    return 0
+
+
 def _data(options: argparse.Namespace) -> int:
     from baffle import data, job
 
@@ -382,6 +451,47 @@ def _data(options: argparse.Namespace) -> int:
     if options.plot:
         data.plot(parts, train.targets, train.classes, options.plot, clients=names)
         print(f"picture: {options.plot}")
+    return 0
+
+
+def _device(options: argparse.Namespace) -> int:
+    config = _config(options)
+    if config.secure and options.ledger is None:
+        raise ConfigError("secure sums need --ledger FILE: without it, a client that starts again forgets")
+    from baffle.device import serve
+    from baffle.endpoint import Endpoint
+    from baffle.job import build_client
+
+    if config.secure:
+        from baffle.identities import read_identity
+        from baffle.secure import FileLedger
+
+        identity = None if options.identity is None else read_identity(options.identity)
+        client = build_client(config, options.name, identity=identity, ledger=FileLedger(options.ledger))
+    else:
+        client = build_client(config, options.name)
+
+    def end(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        serve(Endpoint(client), options.listen, lambda: _say(f"{options.name} listens at {options.listen}"))
+    except KeyboardInterrupt:
+        _say(f"{options.name} has ended")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _identity(options: argparse.Namespace) -> int:
+    if not options.name or len(options.name.split()) != 1 or options.name.startswith("#"):
+        raise ConfigError(f"name {options.name!r}: one word is needed, as it stands in the roster")
+    from baffle.identities import make_identity
+
+    print(f"{options.name} {make_identity(options.file).public.hex()}")
     return 0
 
 

@@ -43,20 +43,27 @@ class Observation:
 
 
 class Download:
-    """What a round sends down, decoded: one for a device, shared by the clients of one process.
+    """A round's plan and weights at a client, or at several that share a process.
 
-    The clients check its weights against the plan's digest, once for each runtime.
-    ``weights`` (n,) float32 cannot be written to; without a model, which stages before ``answer`` do not
-    need, there are none.
-
-    Raises MessageError for malformed bytes.
+    The clients check the weights against the plan's digest, once for each runtime; ``fitting`` is one for
+    which that is done. ``weights`` (n,) float32 cannot be written to; stages before ``answer`` need none.
     """
 
-    def __init__(self, plan: bytes, model: bytes | None = None) -> None:
-        self.plan = RoundPlan.decode(plan)
-        self.weights = np.empty(0, np.float32) if model is None else ModelMessage.decode(model).weights
+    def __init__(
+        self, plan: RoundPlan, weights: NDArray[np.float32] | None = None, *, fitting: Runtime | None = None
+    ) -> None:
+        self.plan = plan
+        self.weights = np.empty(0, np.float32) if weights is None else weights
         self.weights.setflags(write=False)
         self._fitting: dict[int, Runtime] = {}  # by id; held, so that no other runtime can take the id
+        if fitting is not None:
+            self._fitting[id(fitting)] = fitting
+
+    @classmethod
+    def decode(cls, plan: bytes, model: bytes | None = None) -> Download:
+        """Of an encoded plan and model. Raises MessageError for malformed bytes."""
+        weights = None if model is None else ModelMessage.decode(model).weights
+        return cls(RoundPlan.decode(plan), weights)
 
     def fits(self, runtime: Runtime) -> bool:
         """Whether the weights are the plan's, beside this runtime's layout and what it has frozen."""
@@ -111,7 +118,7 @@ class Client:
         PrecisionError and LossError from the measurement. Cost: the plan's forward passes, times the
         local steps if the plan is epoch-level.
         """
-        return self.answer_to(Download(plan, model))
+        return self.answer_to(Download.decode(plan, model))
 
     def answer_to(self, download: Download) -> bytes:
         """``answer`` where plan and model are decoded already, for another client of this process."""

@@ -59,8 +59,8 @@ class TrainConfig:
     clients: int = _setting(10, "number of clients; for --partition domain, of each domain")
     partition: str = _setting(
         "iid",
-        "how samples are dealt: evenly, by skewed labels, by domain",
-        choices=("iid", "dirichlet", "domain"),
+        "how samples are dealt: evenly, by skewed labels, by domain; own: each device has a set of its own",
+        choices=("iid", "dirichlet", "domain", "own"),
     )
     alpha: float = _setting(0.3, "concentration of the Dirichlet partition; smaller is more skewed")
 
@@ -120,6 +120,20 @@ class TrainConfig:
     )
     delta: float = _setting(1e-5, "private: δ of the (ε, δ) that is shown")
 
+    roster: str | None = _setting(
+        None, "secure, on devices: file of the clients' public keys, a line each: name, space, key"
+    )
+    max_samples: int | None = _setting(
+        None, "secure or private: most samples that a client may have (default: as dealt)"
+    )
+    deadline: float = _setting(600.0, "on devices: seconds that they have for each stage of a round")
+    downlink: str = _setting(
+        "model",
+        "what a round sends down: the weights (model), in half precision (float16), their change in half "
+        "precision (update), or the last sum, from which clients take the server's step themselves (scalars)",
+        choices=("model", "float16", "update", "scalars"),
+    )
+
     optimizer: str | None = _setting(
         None,
         "server optimizer: adam (batch-level default), radazo, sgd, momentum, average (epoch-level default)",
@@ -154,6 +168,7 @@ class TrainConfig:
         self._positive("clients", "rounds", "cohort", "directions", "forward_passes", "image_size")
         self._positive("evaluate_every", "checkpoint_every", "threads")
         self._positive("sigma", "learning_rate", "local_learning_rate", "epochs", "alpha")
+        self._positive("max_samples", "deadline")
         self._positive("session_rounds", "ring_limit", "clip_norm", "noise_multiplier", "target_epsilon")
         for name in ("clip", "batch_size", "local_epochs"):
             if not 0 <= getattr(self, name) < _MOST:
@@ -173,7 +188,15 @@ class TrainConfig:
             raise ConfigError(f"pretrained weights are for mobilenet-v2, not for {self.model}")
         if self.preset is not None and self.preset not in PRESETS:
             self._refuse("preset", f"choose one of {', '.join(PRESETS)}")
+        if self.downlink == "scalars":
+            self._check_scalars()
         self._check_privacy()
+
+    def _check_scalars(self) -> None:
+        if self.fidelity != "forward-only" or self.local_epochs:
+            raise ConfigError("downlink scalars is for forward-only, batch-level rounds: these sum K numbers")
+        if self.optimizer in ("radazo", "average"):
+            self._refuse("optimizer", "with downlink scalars, clients replay sgd, momentum or adam")
 
     def _check_privacy(self) -> None:
         if self.ring_bits not in (32, 64):

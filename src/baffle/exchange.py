@@ -1,4 +1,4 @@
-"""One exchange between server and device: an ``Envelope`` down, a ``Reply`` up (``docs/spec.md``, section 13).
+"""One exchange between server and device: an ``Envelope`` down, a ``Reply`` up (``docs/spec.md``, 13).
 
 Every driver carries these two and nothing else, so that what happens to a round does not depend on how its
 bytes travel. A reply names its envelope by a hash: one that is repeated, late or meant for another is found.
@@ -28,7 +28,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 class Envelope:
     """What a device is given: a stage's request, the round's plan, and what makes it hold the weights.
 
-    ``package`` is for the stage ``answer`` (``downlink``), and empty in others. ``plan`` is empty for ``hello``.
+    ``package`` is for the stage ``answer`` (``downlink``), empty in others. ``plan`` is empty for ``hello``.
     """
 
     stage: str

@@ -21,8 +21,9 @@ from baffle.client import Client, Samples
 from baffle.config import TrainConfig
 from baffle.errors import ConfigError
 from baffle.estimator import SteinEstimator
+from baffle.federation import Drops
 from baffle.fixedpoint import FixedPoint
-from baffle.optimizers import RAdaZO
+from baffle.optimizers import Portable, RAdaZO
 from baffle.perturbations import perturbation_from_spec
 from baffle.plan import LocalTraining
 from baffle.privacy import Accountant, Privacy, Unit, calibrate
@@ -30,23 +31,29 @@ from baffle.runtimes import Batch
 from baffle.runtimes.torch import TorchRuntime, cache_prefix
 from baffle.secagg.parameters import part
 from baffle.server import OptimizerFactory, SchedulerFactory, Server, averaging
-from baffle.simulation import Drops, random_drops
+from baffle.simulation import random_drops
 from baffle.stream import derive_seed, seed_from
 from baffle.terms import Terms
 
 if TYPE_CHECKING:  # at run time, only where secure sums are asked for: they need cryptography
-    from baffle.secure import SecureSum
+    from baffle.secagg.primitives import Identity
+    from baffle.secagg.session import Roster
+    from baffle.secure import Ledger, Protection, SecureSum
 
 _EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything of a run. ``test`` is the test set in batches, after the frozen prefix if there is one."""
+    """Everything of a run. ``test`` is the test set in batches, after the frozen prefix if there is one.
+
+    ``clients`` is empty where they are on devices; ``names`` are theirs.
+    """
 
     config: TrainConfig
     server: Server
     clients: list[Client]
+    names: list[str]
     runtime: TorchRuntime
     test: list[Batch]
     rounds: int
@@ -54,30 +61,43 @@ class Job:
     accountant: Accountant | None = None
 
 
-def build(config: TrainConfig) -> Job:
-    """Raises ConfigError, PartitionError, DataError or MissingExtraError; writes nothing."""
-    if config.threads is not None:
-        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
+def build(config: TrainConfig, *, devices: bool = False) -> Job:
+    """Data, model, server, and the clients unless ``devices`` have them.
+
+    Raises ConfigError, PartitionError, DataError or MissingExtraError; writes nothing.
+    """
+    _set_threads(config)
     train, test = load_data(config)
-    module = build_model(config, train)
-    runtime = TorchRuntime(module, device=_device(config.device))
-    parts, names = split(config, train), client_names(config, train)
-    if config.scheme != "tangent":  # which has no σ
-        runtime.check_sigma(config.sigma)
+    roster, identities = _identities(config, train, devices)
+    parts, names = split(config, train), _names(config, train, roster)
+    sizes = [config.max_samples or len(part) for part in parts]
+    if len(names) != len(parts):  # a roster says who there is, and each has a set of its own
+        sizes = [config.max_samples or len(train)] * len(names)
+    runtime = _runtime(config, train)
     test_batches = [
         test.batch(slice(at, at + _EVALUATION_BATCH)) for at in range(0, len(test), _EVALUATION_BATCH)
     ]
     samples: Samples = train
     if runtime.has_frozen_prefix:  # a pass over all data: after what can be refused without it
-        samples = cache_prefix(runtime, train)
+        samples = train if devices else cache_prefix(runtime, train)
         test_batches = [runtime.prefixed(batch) for batch in test_batches]
-    rounds = _rounds(config, len(train), len(names))
+    rounds = _rounds(config, sum(sizes), len(names))
     estimator = _estimator(config)
-    aggregator, seals, accountant = _protection(config, parts, names, rounds, estimator.directions)
-    clients = [
-        Client(name, runtime, Subset(samples, part), seed=config.seed, seal=seals.get(name))
-        for name, part in zip(names, parts, strict=True)
-    ]
+    aggregator, accountant = _protection(config, sizes, rounds, estimator.directions, roster)
+    clients = (
+        []
+        if devices
+        else [
+            Client(
+                name,
+                runtime,
+                Subset(samples, part),
+                seed=config.seed,
+                seal=None if roster is None else _seal(config, name, identities[name], roster, accountant),
+            )
+            for name, part in zip(names, parts, strict=True)
+        ]
+    )
     local = None
     if config.local_epochs:
         local = LocalTraining(
@@ -98,12 +118,53 @@ def build(config: TrainConfig) -> Job:
         fidelity=config.fidelity,  # type: ignore[arg-type]  # checked by TrainConfig
         local=local,
         aggregator=aggregator,
+        downlink=config.downlink,  # type: ignore[arg-type]
     )
     if aggregator is not None:
         aggregator.terms.check_plan(server.plan())
-    server.cohort([client.name for client in clients], config.cohort)
+    server.cohort(names, config.cohort)
     drops = random_drops(config.dropout, config.seed) if config.dropout else None
-    return Job(config, server, clients, runtime, test_batches, rounds, drops, accountant)
+    return Job(config, server, clients, names, runtime, test_batches, rounds, drops, accountant)
+
+
+def build_client(
+    config: TrainConfig, name: str, *, identity: Identity | None = None, ledger: Ledger | None = None
+) -> Client:
+    """One client of ``build``, for a device: from its own copy of the config, by which it insists.
+
+    ``identity`` and ``ledger`` are for secure sums, which pin the config's roster and the job of its seed.
+    Raises what ``build`` does.
+    """
+    _set_threads(config)
+    train, _ = load_data(config)
+    roster = _identities(config, train, True)[0]
+    names = _names(config, train, roster)
+    if name not in names:
+        raise ConfigError(f"there is no client {name}: the names are {names[0]} to {names[-1]}")
+    parts = split(config, train)
+    part = np.arange(len(train)) if config.partition == "own" else parts[names.index(name)]
+    runtime = _runtime(config, train)
+    samples: Samples = cache_prefix(runtime, train) if runtime.has_frozen_prefix else train
+    seal = None
+    if roster is not None:
+        if identity is None:
+            raise ConfigError(f"client {name}: secure sums need its key: --identity FILE")
+        if roster.keys[roster.place(name)] != identity.public:
+            raise ConfigError(f"client {name}: its key is not the one that the roster {config.roster} has")
+        seal = _seal(config, name, identity, roster, None, ledger, job=_job_name(config))
+    return Client(name, runtime, Subset(samples, part), seed=config.seed, seal=seal)
+
+
+def _set_threads(config: TrainConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
+
+
+def _runtime(config: TrainConfig, train: data.Dataset) -> TorchRuntime:
+    runtime = TorchRuntime(build_model(config, train), device=_device(config.device))
+    if config.scheme != "tangent":  # which has no σ
+        runtime.check_sigma(config.sigma)
+    return runtime
 
 
 @dataclass(frozen=True)
@@ -143,6 +204,8 @@ def build_model(config: TrainConfig, train: data.Dataset) -> nn.Module:
 
 def split(config: TrainConfig, train: data.Dataset) -> list[NDArray[np.int64]]:
     """Indices of each client's samples."""
+    if config.partition == "own":  # as many as there are devices, each with all that its folder has
+        return [np.arange(len(train))] * config.clients
     if config.partition == "iid":
         return data.iid(len(train), config.clients, config.seed)
     if config.partition == "dirichlet":
@@ -158,6 +221,19 @@ def client_names(config: TrainConfig, train: data.Dataset) -> list[str]:
         held = [train.domain_names[d] for d in np.unique(train.domains)]
         return [f"{name}-{i:03d}" for name in held for i in range(config.clients)]
     return [f"client-{i:03d}" for i in range(config.clients)]
+
+
+def _names(config: TrainConfig, train: data.Dataset, roster: Roster | None) -> list[str]:
+    """Those of the split, or of the roster where each client brings its own data. Ascending in the latter."""
+    if roster is None or config.roster is None:
+        return client_names(config, train)
+    if config.partition == "own":
+        return list(roster.names)
+    names = client_names(config, train)
+    for name in names:
+        if name not in roster.names:
+            raise ConfigError(f"client {name} is not on the roster {config.roster}")
+    return names
 
 
 def _estimator(config: TrainConfig) -> SteinEstimator:
@@ -182,43 +258,82 @@ def _rounds(config: TrainConfig, samples: int, clients: int) -> int:
 # -- protection -------------------------------------------------------------------------------------
 
 
+def _identities(
+    config: TrainConfig, train: data.Dataset, devices: bool
+) -> tuple[Roster | None, dict[str, Identity]]:
+    """The roster of secure sums. A simulation makes keys for all; devices have theirs, and pin a file."""
+    if not config.secure:
+        return None, {}
+    from baffle.identities import read_roster
+    from baffle.secagg.primitives import Identity
+    from baffle.secagg.session import Roster
+
+    if devices:
+        if config.roster is None:
+            raise ConfigError("secure sums over devices need the clients' public keys: --roster FILE")
+        return read_roster(Path(config.roster)), {}
+    identities = {name: Identity.generate() for name in client_names(config, train)}
+    return Roster({name: identity.public for name, identity in identities.items()}), identities
+
+
 def _protection(
-    config: TrainConfig, parts: list[NDArray[np.int64]], names: list[str], rounds: int, directions: int
-) -> tuple[IntegerSum | SecureSum | None, dict[str, Seal], Accountant | None]:
-    """The aggregator and the clients' halves of it, as the config asks for; and who counts ε."""
+    config: TrainConfig, sizes: list[int], rounds: int, directions: int, roster: Roster | None
+) -> tuple[IntegerSum | SecureSum | None, Accountant | None]:
+    """The aggregator that the config asks for, and who counts ε. ``sizes``: how many samples clients have."""
     if not config.secure and config.privacy is None:
-        return None, {}, None
-    cohort = min(config.cohort or len(names), len(names))
+        return None, None
+    cohort = min(config.cohort or len(sizes), len(sizes))
     standing = cohort - part(config.max_dropout, cohort)  # answer at least
 
     def terms_for(shares: int) -> tuple[Terms, Accountant | None]:
-        privacy = _privacy(config, sum(map(len, parts)), len(names), rounds, shares)
-        terms = _terms(config, cohort, max(map(len, parts)), privacy)
+        privacy = _privacy(config, sum(sizes), len(sizes), rounds, shares)
+        terms = _terms(config, cohort, max(sizes), privacy)
         return terms, None if privacy is None else Accountant(privacy, terms.fixed_point, directions)
 
-    if not config.secure:
+    if roster is None:
         terms, accountant = terms_for(standing)
-        return IntegerSum(terms), {}, accountant
-    from baffle.secagg.primitives import Identity
-    from baffle.secagg.session import Roster
-    from baffle.secure import Protection, SecureSeal, SecureSum
+        return IntegerSum(terms), accountant
+    from baffle.secure import SecureSum
 
-    # Where each round has another cohort, each has keys of its own.
-    session = 1 if config.cohort else config.session_rounds
-    protection = Protection(config.max_colluding, config.max_dropout, rounds=session)
+    protection = _sums(config)
     settings, policy = protection.settings(cohort), protection.policy
     terms, accountant = terms_for(
         min(policy.check(settings, cohort, present) for present in (cohort, standing))
     )
-    identities = {name: Identity.generate() for name in names}
-    roster = Roster({name: identity.public for name, identity in identities.items()})
-    least_noise = terms.privacy.noise_multiplier if terms.privacy else 0.0
-    seals: dict[str, Seal] = {
-        name: SecureSeal(name, identity, roster, policy, least_noise=least_noise)
-        for name, identity in identities.items()
-    }
-    job = derive_seed(seed_from(config.seed), "job")
-    return SecureSum(roster, terms, protection, job=job), seals, accountant
+    return SecureSum(roster, terms, protection, job=_job_name(config)), accountant
+
+
+def _sums(config: TrainConfig) -> Protection:
+    from baffle.secure import Protection
+
+    # Where each round has another cohort, each has keys of its own.
+    session = 1 if config.cohort else config.session_rounds
+    return Protection(config.max_colluding, config.max_dropout, rounds=session)
+
+
+def _job_name(config: TrainConfig) -> bytes:
+    return derive_seed(seed_from(config.seed), "job")
+
+
+def _seal(
+    config: TrainConfig,
+    name: str,
+    identity: Identity,
+    roster: Roster,
+    accountant: Accountant | None,
+    ledger: Ledger | None = None,
+    job: bytes | None = None,
+) -> Seal:
+    """A client's half of secure sums: it insists on what the config promises, its noise included."""
+    from baffle.secure import SecureSeal
+
+    noise = config.noise_multiplier or 0.0
+    if accountant is not None:
+        noise = accountant.privacy.noise_multiplier
+    elif config.target_epsilon is not None:
+        raise ConfigError("on a device, say the noise multiplier that target-epsilon came to, not the ε")
+    policy = _sums(config).policy
+    return SecureSeal(name, identity, roster, policy, least_noise=noise, ledger=ledger, job=job)
 
 
 def _privacy(config: TrainConfig, samples: int, clients: int, rounds: int, shares: int) -> Privacy | None:
@@ -258,6 +373,8 @@ def _optimizer(config: TrainConfig) -> OptimizerFactory:
     lr, betas = config.learning_rate, (config.beta1, config.beta2)
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        if config.downlink == "scalars":  # clients replay it
+            return Portable(parameters, name, lr=lr, betas=betas)  # type: ignore[arg-type]  # by TrainConfig
         if name == "adam":
             return torch.optim.Adam(parameters, lr=lr, betas=betas)
         if name == "radazo":

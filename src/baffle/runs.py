@@ -3,6 +3,7 @@
 config.toml              every setting, resolved
 environment.json         machine, versions, date of the start
 metrics.jsonl            one line a round
+events.jsonl             one line for whatever is worth a word: dropouts, aborted rounds (``events``)
 checkpoint.safetensors   to go on from
 rounds.log               the scalar log (forward-only, batch-level runs)
 start.safetensors        the snapshot that the scalar log begins at
@@ -49,6 +50,10 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def _metrics(self) -> Path:

@@ -18,9 +18,10 @@ from torch import nn
 
 from baffle import law
 from baffle.aggregation import ANSWER, Aggregator, PlainSum
+from baffle.downlink import Downlink, Mode
 from baffle.errors import AggregationError, ConfigError, LossError
 from baffle.estimator import SteinEstimator
-from baffle.local import clip_inf_norm
+from baffle.optimizers import Portable
 from baffle.plan import (
     Fidelity,
     LocalTraining,
@@ -30,6 +31,7 @@ from baffle.plan import (
     RoundSum,
     weights_digest,
 )
+from baffle.rules import Rule, clip_inf_norm
 from baffle.runtimes import Runtime
 from baffle.stream import Stream, derive_seed, seed_from
 
@@ -54,7 +56,9 @@ class Server:
     kept. ``optimizer`` and ``scheduler`` are factories (the scheduler steps once a round). ``ema`` in
     [0, 1) is the decay of the weights' moving average, 0 for none. ``clip`` bounds the inf-norm of a
     batch-level gradient (the authors' code has 0.3, the paper does not say so), 0 for no bound.
-    ``local`` makes the communication epoch-level (FedAvg).
+    ``local`` makes the communication epoch-level (FedAvg). ``downlink`` says what clients are sent to hold
+    the weights that they measure at: ``downlink.Downlink`` has the modes. Where these are not the server's
+    own (half precision), gradients are estimated there and applied to the server's.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Server:
         fidelity: Fidelity = "forward-only",
         local: LocalTraining | None = None,
         aggregator: Aggregator | None = None,
+        downlink: Mode = "model",
     ) -> None:
         if not 0.0 <= ema < 1.0:
             raise ConfigError(f"EMA decay {ema}: a number in [0, 1), 0 for none")
@@ -82,7 +87,9 @@ class Server:
         self.aggregator = aggregator or PlainSum()
         self.seed = seed_from(seed)
         self.round = 0
+        self.downlink = Downlink(downlink)
         self._plan: RoundPlan | None = None  # kept for its round: it takes a hash of all weights
+        self._sent: NDArray[np.float32]  # what this round's clients hold
         self._frozen_digest = runtime.frozen_digest
         self._flat = torch.from_numpy(runtime.weights())
         self._gradient = torch.zeros_like(self._flat)
@@ -95,27 +102,32 @@ class Server:
         default = adam if local is None else averaging
         self.optimizer = (optimizer or default)(self._parameters)
         self.scheduler = scheduler(self.optimizer) if scheduler else None
-        self.plan()  # a setting that cannot be is refused here, not in round 1
+        # A setting that cannot be is refused here, not in round 1.
+        self.downlink.check(self.plan(), self._rule())
 
     # -- a round ------------------------------------------------------------------------------------
 
     def plan(self) -> RoundPlan:
         """This round's plan: the same one until ``step`` or ``skip`` ends the round."""
         if self._plan is None or self._plan.round != self.round:
+            self._sent = self.downlink.sent(self.round, self.weights)
             self._plan = RoundPlan(
                 self.round,
                 derive_seed(self.seed, "directions"),
                 self.estimator,
-                weights_digest(self.weights, self.layout, self._frozen_digest),
+                weights_digest(self._sent, self.layout, self._frozen_digest),
                 self.batch_size,
                 self.fidelity,
                 self.local,
             )
+            remembered = self.optimizer.rule_state if isinstance(self.optimizer, Portable) else None
+            self.downlink.begin(self._plan, self._sent, remembered)
         return self._plan
 
     def model(self) -> ModelMessage:
-        """The weights that go with ``plan()``."""
-        return ModelMessage(self.weights)
+        """The weights that go with ``plan()``, whole and in float32."""
+        self.plan()
+        return ModelMessage(self._sent)
 
     def cohort(self, names: Sequence[str], size: int | None = None) -> list[str]:
         """This round's clients: all of ``names``, or ``size`` of them drawn without replacement."""
@@ -163,12 +175,14 @@ class Server:
         if not np.isfinite(gradient).all():
             raise LossError(f"round {plan.round}: the gradient is not finite: lower the learning rate")
         self._gradient.copy_(torch.from_numpy(gradient))
+        rule = self._rule()
         before, state = self._flat.clone(), _copied(self.optimizer.state_dict())
         self.optimizer.step()
         if not bool(torch.isfinite(self._flat).all()):
             self._flat.copy_(before)
             self.optimizer.load_state_dict(state)
             raise LossError(f"round {plan.round}: training diverged: lower the learning rate")
+        self.downlink.stepped(plan, rule, total)
         if self.scheduler is not None:
             self.scheduler.step()
         if self.ema_decay:
@@ -179,6 +193,10 @@ class Server:
     def skip(self) -> None:
         """Ends a round that nobody answered: no step, the next seed."""
         self.round += 1
+
+    def _rule(self) -> Rule | None:
+        """What the optimizer's next step does, where clients can repeat it."""
+        return self.optimizer.rule(self.clip) if isinstance(self.optimizer, Portable) else None
 
     def _check_length(self, plan: RoundPlan, total: RoundSum) -> None:
         count = len(total.values)
@@ -234,10 +252,16 @@ class Server:
                     arrays[f"optimizer.{index}.{name}"] = value.detach().cpu().numpy().copy()
                 else:
                     scalars.setdefault(str(index), {})[name] = value
+        digest = self.plan().weights_digest
+        if self.downlink.mode in ("float16", "update"):  # that of what clients hold
+            digest = weights_digest(self.weights, self.layout, self._frozen_digest)
+        sent, downlink = self.downlink.state()
+        arrays |= {f"downlink.{name}": array for name, array in sent.items()}
         rest = {
             "round": self.round,
             "seed": self.seed.hex(),
-            "model": self.plan().weights_digest.hex(),
+            "model": digest.hex(),
+            "downlink": downlink,
             "kinds": self._kinds(),
             "ema_steps": self._average_steps,
             "optimizer": {"groups": optimizer["param_groups"], "scalars": scalars},
@@ -269,6 +293,8 @@ class Server:
             self._flat.copy_(torch.from_numpy(arrays["weights"].copy()))
             self._average.copy_(torch.from_numpy(arrays["ema"].copy()))
         self._average_steps, self.round = int(rest["ema_steps"]), int(rest["round"])
+        sent = {key.split(".", 1)[1]: row for key, row in arrays.items() if key.startswith("downlink.")}
+        self.downlink.load_state(sent, rest["downlink"])
         self._plan = None
 
     def _kinds(self) -> list[str]:

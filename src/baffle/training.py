@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baffle import plots
+from baffle import events, plots
 from baffle.checkpoint import load_checkpoint, save_checkpoint
 from baffle.config import TrainConfig
-from baffle.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from baffle.errors import BaffleError, CheckpointError, ConfigError, DataError, MissingExtraError
+from baffle.federation import Driver, RoundRecord, run
 from baffle.job import Job, build
 from baffle.runs import RunFolder
 from baffle.runtimes.torch import evaluate
-from baffle.simulation import RoundRecord, simulate
+from baffle.simulation import simulate
 
 Report = Callable[["Progress"], None]
 
@@ -47,24 +48,29 @@ def train(
     path: Path,
     report: Report,
     *,
+    driver: Driver | None = None,
     stop: Callable[[], bool] = lambda: False,
     tensorboard: bool = False,
 ) -> RunFolder:
-    """A new run at ``path``. ``stop`` is asked after each round: True saves and ends early."""
+    """A new run at ``path``: a simulation, or with the clients that a ``driver`` brings.
+
+    ``stop`` is asked after each round: True saves and ends early.
+    """
     if os.path.lexists(path):
         raise ConfigError(f"{path} is there already: go on with --resume {path}, or choose another --run")
-    job = build(config)
-    events = _tensorboard() if tensorboard else None
+    job = build(config, devices=driver is not None)
+    writer = _tensorboard() if tensorboard else None
     folder = RunFolder.create(path, config)
     save_checkpoint(folder.start, job.server)
     save_checkpoint(folder.checkpoint, job.server)
-    return _run(job, folder, report, stop, events)
+    return _run(job, driver, folder, report, stop, writer)
 
 
 def resume(
     path: Path,
     report: Report,
     *,
+    driver: Driver | None = None,
     stop: Callable[[], bool] = lambda: False,
     tensorboard: bool = False,
 ) -> RunFolder:
@@ -75,8 +81,8 @@ def resume(
     folder = RunFolder.open(path)
     if folder.ended:
         return folder
-    job = build(folder.config())
-    events = _tensorboard() if tensorboard else None
+    job = build(folder.config(), devices=driver is not None)
+    writer = _tensorboard() if tensorboard else None
     if job.accountant is not None:
         # The round that was interrupted may have been answered, and is asked again, with other noise.
         folder.note_resume()
@@ -89,26 +95,56 @@ def resume(
         folder.rewind(job.server.round, logged=_has_log(job.config))
     except (CheckpointError, DataError) as error:
         raise CheckpointError(f"{error}; to begin anew: --config {path / 'config.toml'}") from error
-    return _run(job, folder, report, stop, events)
+    return _run(job, driver, folder, report, stop, writer)
 
 
 def _has_log(config: TrainConfig) -> bool:
     return config.fidelity == "forward-only" and not config.local_epochs
 
 
-def _run(job: Job, folder: RunFolder, report: Report, stop: Callable[[], bool], events: Any) -> RunFolder:
-    if events is None:
-        return _rounds(job, folder, report, stop, None)
-    # Events of rounds that are run again are hidden by the first of the new ones.
-    with closing(events(str(folder.path), purge_step=job.server.round + 1)) as writer:
-        return _rounds(job, folder, report, stop, writer)
+def _run(
+    job: Job,
+    driver: Driver | None,
+    folder: RunFolder,
+    report: Report,
+    stop: Callable[[], bool],
+    writer_class: Any,
+) -> RunFolder:
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if writer_class is not None:
+            # Events of rounds that are run again are hidden by the first of the new ones.
+            writer = writer_class(str(folder.path), purge_step=job.server.round + 1)
+            stack.callback(writer.close)
+        stack.enter_context(events.to(folder.events))
+        events.emit("run", f"from round {job.server.round} to {job.rounds}", round=job.server.round)
+        try:
+            return _rounds(job, driver, folder, report, stop, writer)
+        except BaffleError as error:
+            events.emit("failed", str(error), level="error", round=job.server.round)
+            raise
 
 
-def _rounds(job: Job, folder: RunFolder, report: Report, stop: Callable[[], bool], writer: Any) -> RunFolder:
+def _records(job: Job, driver: Driver | None) -> Iterator[RoundRecord]:
+    cohort = job.config.cohort
+    if driver is None:
+        return simulate(job.server, job.clients, rounds=job.rounds, cohort=cohort, drops=job.drops)
+    deadline = job.config.deadline
+    return run(job.server, driver, rounds=job.rounds, cohort=cohort, deadline=deadline, drops=job.drops)
+
+
+def _rounds(
+    job: Job,
+    driver: Driver | None,
+    folder: RunFolder,
+    report: Report,
+    stop: Callable[[], bool],
+    writer: Any,
+) -> RunFolder:
     config, server, totals = job.config, job.server, _Totals(folder.metrics())
     again = folder.resumes()
     started, first = time.perf_counter(), server.round
-    for record in simulate(server, job.clients, rounds=job.rounds, cohort=config.cohort, drops=job.drops):
+    for record in _records(job, driver):
         done = record.round + 1
         looks = done % config.evaluate_every == 0 or done == job.rounds
         row = record.as_dict()

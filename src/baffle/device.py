@@ -1,0 +1,159 @@
+"""A device: one client in a process of its own, behind a socket of this machine's; and the driver of such.
+
+The process that carries messages may be another's: Flower runs code that the server sent, in a new process
+for each message. Data, keys and what must live from one stage to the next stay here, and only the bytes of
+envelopes and replies pass. The sockets are Unix domain sockets: they lead to no network, and who may open one
+is for its folder's owner to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from baffle.endpoint import Endpoint
+from baffle.errors import ConfigError, DataError, DeliveryError
+from baffle.federation import Outcome, in_order
+
+_LONGEST_PATH = 100  # of a socket: 108 bytes are all that the kernel has for it
+_MOST_BYTES = 1 << 32  # of a message
+_SECONDS_TO_SPEAK = 30.0  # for whoever has connected
+_SUFFIX = ".sock"
+
+
+def serve(endpoint: Endpoint, path: Path, ready: Callable[[], None] = lambda: None) -> None:
+    """Answers at ``path`` until the process ends, one exchange at a time; calls ``ready`` once it listens.
+
+    A socket that a killed device left behind is replaced. Raises ConfigError for a path that is too long,
+    DataError where the socket cannot be made, or another device listens there.
+    """
+    with _listening(path) as listener:
+        ready()
+        while True:
+            connection, _ = listener.accept()
+            # Who leaves before the reply, or says nothing, is not waited for.
+            with connection, contextlib.suppress(OSError, EOFError):
+                connection.settimeout(_SECONDS_TO_SPEAK)
+                reply = endpoint.handle(_receive(connection, time.monotonic() + _SECONDS_TO_SPEAK))
+                _send(connection, reply)
+
+
+def relay(path: str | Path, envelope: bytes, timeout: float | None = None) -> bytes:
+    """What the device at ``path`` replies to an envelope: the other end of ``serve``.
+
+    Raises DeliveryError: "gone" where nobody listens or the device ends, "late" after ``timeout`` seconds.
+    """
+    until = None if timeout is None else time.monotonic() + timeout
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(path))
+            _send(connection, envelope)
+            return _receive(connection, until)
+    except TimeoutError as error:
+        raise DeliveryError("late", f"no reply within {timeout:g} s") from error
+    except (OSError, EOFError) as error:
+        raise DeliveryError("gone", f"no device replies at {path}: {error or 'it has ended'}") from error
+
+
+class Sockets:
+    """A driver for the devices of this machine: ``NAME.sock`` in a folder is the client NAME.
+
+    ``names`` waits up to ``patience`` seconds for ``least`` of them.
+    """
+
+    def __init__(self, folder: str | Path, *, least: int = 1, patience: float = 60.0) -> None:
+        self.folder, self.least, self.patience = Path(folder), least, patience
+
+    def names(self) -> Sequence[str]:
+        until = time.monotonic() + self.patience
+        while True:
+            found = sorted(path.name.removesuffix(_SUFFIX) for path in self.folder.glob(f"*{_SUFFIX}"))
+            if len(found) >= self.least or time.monotonic() >= until:
+                return found
+            time.sleep(0.1)
+
+    def ask(
+        self, stage: str, requests: Mapping[str, bytes], deadline: float | None
+    ) -> Iterator[tuple[str, Outcome]]:
+        """All at once, a thread each."""
+
+        def one(name: str) -> tuple[str, Outcome]:
+            try:
+                return name, relay(self.folder / f"{name}{_SUFFIX}", requests[name], deadline)
+            except DeliveryError as error:
+                return name, error
+
+        with ThreadPoolExecutor(max(len(requests), 1)) as threads:
+            waiting = [threads.submit(one, name) for name in requests]
+            yield from in_order(requests, (done.result() for done in as_completed(waiting)))
+
+
+@contextlib.contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ConfigError(f"{path}: a socket's path has at most {_LONGEST_PATH} bytes: choose a shorter one")
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists():
+            _remove_left_behind(path)
+        before = os.umask(0o177)  # whoever can write to a socket can open it
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(16)
+    except OSError as error:
+        listener.close()
+        raise DataError(f"cannot listen at {path}: {error.strerror or error}") from error
+    with listener:
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _remove_left_behind(path: Path) -> None:
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise DataError(f"{path} is there already, and no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise DataError(f"{path}: another device listens there")
+    path.unlink()
+
+
+# A message is its length, u64, and its bytes.
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(struct.pack("<Q", len(data)))
+    connection.sendall(data)
+
+
+def _receive(connection: socket.socket, until: float | None) -> bytes:
+    """Raises TimeoutError at the time ``until``, EOFError where the other side ends."""
+    (size,) = struct.unpack("<Q", _exactly(connection, 8, until))
+    if size > _MOST_BYTES:
+        raise EOFError(f"a message of {size} bytes")
+    return _exactly(connection, size, until)
+
+
+def _exactly(connection: socket.socket, size: int, until: float | None) -> bytes:
+    parts, left = [], size
+    while left:
+        if until is not None:
+            connection.settimeout(max(until - time.monotonic(), 1e-3))
+        part = connection.recv(min(left, 1 << 20))
+        if not part:
+            raise EOFError("the connection has ended")
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
