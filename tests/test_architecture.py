@@ -41,8 +41,8 @@ ROWS = """
     client server secure data.sources
     simulation checkpoint data
     runs job
-    plots doctor
-    training
+    plots doctor watch
+    training top prometheus
     cli
     __main__ __init__
 """
@@ -64,6 +64,7 @@ INSIDE_FUNCTIONS = {
     "PIL": {"data.folders"},
     "datasets": {"data.hub"},
     "dp_accounting": {"privacy"},
+    "prometheus_client": {"prometheus"},
 }
 MOST_LINES = 600
 

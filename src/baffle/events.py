@@ -3,7 +3,7 @@
 An event is a short name, one line of text and fields with names: ``dropout``, "client-004 did not answer in
 time", client = "client-004", reason = "late". Handlers of a user's own see it as ``record.event``,
 ``record.fields`` and the message, at the levels that the user's logging lets through. A run's folder keeps
-all of them, one JSON object a line (``to``). Nothing is printed unasked.
+them, one JSON object a line (``to``). Nothing is printed unasked.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def emit(event: str, text: str, *, level: str = "info", **fields: Any) -> None:
     raises for what they hold, nor for a disk that is full. ``level``: debug, info, warning or error.
     """
     number, name = _LEVELS[level], clean(event)
-    enabled = _LOG.isEnabledFor(number)
-    if not (_FILES or enabled):
+    files, enabled = [file for file in _FILES if number >= file.level], _LOG.isEnabledFor(number)
+    if not (files or enabled):
         return
     path, line, function, _ = _LOG.findCaller(stacklevel=2)
     extra = {"event": name, "fields": {clean(key): plain(value) for key, value in fields.items()}}
     record = _LOG.makeRecord(_LOG.name, number, path, line, clean(text), (), None, function, extra)
-    for file in tuple(_FILES):
+    for file in files:
         file.handle(record)
     if enabled:
         _LOG.handle(record)
@@ -139,8 +139,12 @@ def _as_dict(record: logging.LogRecord) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def to(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps in the file at ``path`` what ``emit`` says meanwhile, whatever level the user's logging has."""
+    """Keeps in the file at ``path`` what ``emit`` says meanwhile, but for debug.
+
+    The level of the user's logging is neither asked nor changed.
+    """
     file = JsonLines(path)
+    file.setLevel(logging.INFO)
     _FILES.append(file)
     try:
         yield
