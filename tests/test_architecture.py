@@ -43,7 +43,7 @@ ROWS = """
     runs job
     plots doctor watch
     training top prometheus
-    cli
+    cli flower
     __main__ __init__
 """
 # What a module may import when it is imported, beyond the standard library and NumPy ...
@@ -54,6 +54,7 @@ AT_ONCE = {
     "numba": {"kernels.directions", "kernels.simd"},
     "llvmlite": {"kernels.simd"},
     "cryptography": {"secagg.primitives"},
+    "flwr": {"flower"},
 }
 # ... and what only inside functions: whoever does not call them need not have it.
 INSIDE_FUNCTIONS = {
