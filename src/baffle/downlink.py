@@ -375,10 +375,7 @@ class Downlink:
         # scalars: every step since round _since
         self._steps: deque[tuple[RoundPlan, Rule, bytes]] = deque()
         self._size, self._since = 0, 0
-        self._recorded: tuple[int, dict[int, Rule]] = (
-            0,
-            {},
-        )  # since and rules of a checkpoint, to ``refill``
+        self._recorded: tuple[int, dict[int, Rule]] = 0, {}  # the same of a checkpoint, to ``refill``
 
     def check(self, plan: RoundPlan, rule: Rule | None) -> None:
         """Raises ConfigError where the mode cannot serve a job: its plans, and its rule if it is portable."""
@@ -408,7 +405,7 @@ class Downlink:
         if self.mode != "update":
             return weights
         if self._sent is None or round_ < before:
-            self._sent, self._added = weights.copy(), None
+            self._sent, self._added, before = weights.copy(), None, round_
         for _ in range(before, round_):
             with np.errstate(over="ignore"):  # what float16 cannot hold is left to the next update
                 added = np.clip(weights - self._sent, -_LARGEST, _LARGEST).astype(np.float16)
@@ -478,7 +475,7 @@ class Downlink:
         since, rules = self._since, {plan.round: rule for plan, rule, _ in self._steps}
         if not rules:
             since, rules = self._recorded if self._recorded[1] else (since, {})
-        rest = {"mode": self.mode, "round": self._at, "since": since}
+        rest = {"mode": self.mode, "round": self._at, "n": self._n, "since": since}
         if self.mode == "update" and self._sent is not None:
             return {"sent": self._sent.copy()}, rest
         if self.mode != "scalars":
@@ -487,14 +484,20 @@ class Downlink:
         return {"rules": np.frombuffer(b"".join(packed), np.uint8)}, rest
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]], rest: Mapping[str, Any]) -> None:
-        """Puts back what ``state`` gave; ``refill`` does the rest. Raises ConfigError for another mode's."""
+        """Puts back what ``state`` gave; ``refill`` does the rest.
+
+        Raises ConfigError for the state of another mode or model, MessageError for rules that are none.
+        """
         if rest["mode"] != self.mode:
             raise ConfigError(f"this state is one of downlink = {rest['mode']!r}, not of {self.mode!r}")
         fresh = Downlink(self.mode)
-        fresh._at, fresh._n, since = int(rest["round"]), self._n, int(rest["since"])
+        fresh._at, fresh._n, since = int(rest["round"]), int(rest["n"]), int(rest["since"])
+        if self._n not in (0, fresh._n):
+            raise ConfigError(f"this state is one of {fresh._n} weights, not of {self._n}")
         if self.mode == "update":
             fresh._sent = arrays["sent"].astype(np.float32)
-            fresh._n = len(fresh._sent)
+            if fresh._sent.shape != (fresh._n,):
+                raise ConfigError(f"this state has a row {fresh._sent.shape} for {fresh._n} weights")
         if self.mode == "scalars":
             r, rules = Cursor(arrays["rules"].tobytes()), dict[int, Rule]()
             while r.at < len(r.data):
