@@ -9,10 +9,12 @@ is for its folder's owner to say.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -39,23 +41,26 @@ def serve(endpoint: Endpoint, path: Path, ready: Callable[[], None] = lambda: No
         while True:
             connection, _ = listener.accept()
             # Who leaves before the reply, or says nothing, is not waited for.
-            with connection, contextlib.suppress(OSError, EOFError):
-                connection.settimeout(_SECONDS_TO_SPEAK)
-                reply = endpoint.handle(_receive(connection, time.monotonic() + _SECONDS_TO_SPEAK))
-                _send(connection, reply)
+            with connection, contextlib.suppress(OSError, EOFError, DeliveryError):
+                envelope = _receive(connection, time.monotonic() + _SECONDS_TO_SPEAK)
+                # A device that was held up finds rounds that have ended without it: not worth a measurement.
+                if not _has_left(connection):
+                    reply = endpoint.handle(envelope)
+                    _send(connection, reply, time.monotonic() + _SECONDS_TO_SPEAK)
 
 
 def relay(path: str | Path, envelope: bytes, timeout: float | None = None) -> bytes:
     """What the device at ``path`` replies to an envelope: the other end of ``serve``.
 
-    Raises DeliveryError: "gone" where nobody listens or the device ends, "late" after ``timeout`` seconds.
+    Raises DeliveryError: "gone" where nobody listens or the device ends, "late" after ``timeout`` seconds,
+    "malformed" for a length that cannot be.
     """
     until = None if timeout is None else time.monotonic() + timeout
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
             connection.connect(str(path))
-            _send(connection, envelope)
+            _send(connection, envelope, until)
             return _receive(connection, until)
     except TimeoutError as error:
         raise DeliveryError("late", f"no reply within {timeout:g} s") from error
@@ -66,17 +71,19 @@ def relay(path: str | Path, envelope: bytes, timeout: float | None = None) -> by
 class Sockets:
     """A driver for the devices of this machine: ``NAME.sock`` in a folder is the client NAME.
 
-    ``names`` waits up to ``patience`` seconds for ``least`` of them.
+    ``names`` waits up to ``patience`` seconds: for ``least`` of them before the first round, for one later.
     """
 
     def __init__(self, folder: str | Path, *, least: int = 1, patience: float = 60.0) -> None:
-        self.folder, self.least, self.patience = Path(folder), least, patience
+        self.folder, self.patience = Path(folder), patience
+        self._least = least
 
     def names(self) -> Sequence[str]:
         until = time.monotonic() + self.patience
         while True:
             found = sorted(path.name.removesuffix(_SUFFIX) for path in self.folder.glob(f"*{_SUFFIX}"))
-            if len(found) >= self.least or time.monotonic() >= until:
+            if len(found) >= self._least or time.monotonic() >= until:
+                self._least = 1  # who leaves later is not waited for, round after round
                 return found
             time.sleep(0.1)
 
@@ -84,10 +91,13 @@ class Sockets:
         self, stage: str, requests: Mapping[str, bytes], deadline: float | None
     ) -> Iterator[tuple[str, Outcome]]:
         """All at once, a thread each."""
+        making = threading.Lock()  # envelopes are made when they are asked for, by who keeps count of them
 
         def one(name: str) -> tuple[str, Outcome]:
+            with making:
+                envelope = requests[name]
             try:
-                return name, relay(self.folder / f"{name}{_SUFFIX}", requests[name], deadline)
+                return name, relay(self.folder / f"{name}{_SUFFIX}", envelope, deadline)
             except DeliveryError as error:
                 return name, error
 
@@ -111,6 +121,7 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         finally:
             os.umask(before)
         listener.listen(16)
+        mine = path.stat().st_ino
     except OSError as error:
         listener.close()
         raise DataError(f"cannot listen at {path}: {error.strerror or error}") from error
@@ -118,14 +129,17 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         try:
             yield listener
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino == mine:  # and not another's by now
+                    path.unlink()
 
 
 def _remove_left_behind(path: Path) -> None:
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise DataError(f"{path} is there already, and no socket")
     with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(str(path)) == 0:
+        probe.setblocking(False)  # who listens and is held up takes no more connections, and is there
+        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
             raise DataError(f"{path}: another device listens there")
     path.unlink()
 
@@ -133,27 +147,45 @@ def _remove_left_behind(path: Path) -> None:
 # A message is its length, u64, and its bytes.
 
 
-def _send(connection: socket.socket, data: bytes) -> None:
-    connection.sendall(struct.pack("<Q", len(data)))
-    connection.sendall(data)
+def _send(connection: socket.socket, data: bytes, until: float | None) -> None:
+    """Raises TimeoutError at the time ``until``."""
+    for part in (struct.pack("<Q", len(data)), data):
+        _until(connection, until)
+        connection.sendall(part)
 
 
 def _receive(connection: socket.socket, until: float | None) -> bytes:
     """Raises TimeoutError at the time ``until``, EOFError where the other side ends."""
     (size,) = struct.unpack("<Q", _exactly(connection, 8, until))
     if size > _MOST_BYTES:
-        raise EOFError(f"a message of {size} bytes")
+        raise DeliveryError("malformed", f"a message that says to be {size} bytes long")
     return _exactly(connection, size, until)
 
 
 def _exactly(connection: socket.socket, size: int, until: float | None) -> bytes:
     parts, left = [], size
     while left:
-        if until is not None:
-            connection.settimeout(max(until - time.monotonic(), 1e-3))
+        _until(connection, until)  # again before each part: they may drip
         part = connection.recv(min(left, 1 << 20))
         if not part:
             raise EOFError("the connection has ended")
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
+
+
+def _until(connection: socket.socket, until: float | None) -> None:
+    """The next call on a connection ends at the time ``until``. Raises TimeoutError where that is over."""
+    left = None if until is None else until - time.monotonic()
+    if left is not None and left <= 0:
+        raise TimeoutError
+    connection.settimeout(left)
+
+
+def _has_left(connection: socket.socket) -> bool:
+    """Whether the other side, which speaks once and then waits, has ended the connection."""
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False

@@ -65,7 +65,7 @@ class Endpoint:
         ticket = bytes(TICKET_BYTES)
         try:
             envelope = Envelope.decode(data)
-            ticket = envelope.ticket
+            ticket = envelope.ticket(self.client.name)
             return Reply(ticket, "answer", self.answer(envelope)).encode()
         except DigestMismatchError as error:
             return Reply(ticket, "digest", error.held).encode()

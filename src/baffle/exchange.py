@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
 from baffle.errors import ConfigError, MessageError
@@ -55,10 +54,13 @@ class Envelope:
             )
         )
 
-    @cached_property
-    def ticket(self) -> bytes:
-        """16 bytes of SHA-256 over all but the package, whose weights the plan's digest proves."""
-        return hashlib.sha256(self._head).digest()[:TICKET_BYTES]
+    def ticket(self, name: str) -> bytes:
+        """For the client of that name: 16 bytes of SHA-256 over all but the package, and the name.
+
+        The package's weights are proven by the plan's digest. The name is not sent: who replies in another
+        client's place, because sockets were mixed up or copied, makes another ticket.
+        """
+        return hashlib.sha256(self._head + name.encode()).digest()[:TICKET_BYTES]
 
     def encode(self) -> bytes:
         return self._head + self.package

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,7 +68,8 @@ class Dropout:
     """A client that did not answer a stage, and why.
 
     ``reason``: late, gone, unknown or malformed on the way; digest, refused, failed or malformed by its own
-    word; replayed (a reply to something else), wrong (no part of this sum), simulated.
+    word; replayed (a reply to something else), wrong (no part of this sum), unasked (no part of a secure
+    sum's session), simulated.
     """
 
     client: str
@@ -133,6 +134,7 @@ def run(
     driver: Driver,
     *,
     rounds: int,
+    names: Collection[str] | None = None,
     cohort: int | None = None,
     deadline: float | None = None,
     drops: Drops | None = None,
@@ -140,17 +142,26 @@ def run(
 ) -> Iterator[RoundRecord]:
     """Runs rounds until ``server.round == rounds``, and yields a record after each.
 
-    ``cohort`` of the driver's clients are drawn each round (all if None, or if there are fewer). ``deadline``
-    in seconds holds for each exchange. ``drops(round, name)`` throws away what a client answers, as if it had
-    not arrived: the same for every driver. An answer that cannot be part of the sum is a dropout; with
-    ``forgiving`` False it ends the run, for federations whose clients are honest. A round that the aggregator
-    gives up ends without a step. Raises LossError where the weights would not stay finite.
+    ``names`` says who may take part (None: whoever the driver brings); ``cohort`` of these are drawn each
+    round (all if None, or if there are fewer). ``deadline`` in seconds holds for each exchange, of which the
+    stage ``answer`` has a second for those that lack the model. ``drops(round, name)`` throws away what a
+    client answers, as if it had not arrived: the same for every driver. An answer that cannot be part of the
+    sum is a dropout; with ``forgiving`` False it ends the run, for federations whose clients are honest. A
+    round that the aggregator gives up ends without a step. Raises LossError where the weights would not stay
+    finite.
     """
+    strangers: set[str] = set()
     while server.round < rounds:
         started = time.perf_counter()
         present = driver.names()
-        names = server.cohort(present, None if cohort is None or cohort >= len(present) else cohort)
-        yield _Round(server, driver, names, deadline, drops, forgiving).record(started)
+        if names is not None:
+            for name in sorted(set(present) - set(names) - strangers):
+                strangers.add(name)
+                text = "it is none of the federation's clients, and is not asked"
+                events.emit("unknown-client", text, level="warning", round=server.round, client=name)
+            present = [name for name in present if name in names]
+        asked = server.cohort(present, None if cohort is None or cohort >= len(present) else cohort)
+        yield _Round(server, driver, asked, deadline, drops, forgiving).record(started)
 
 
 class _Round:
@@ -222,6 +233,10 @@ class _Round:
         package = self._server.downlink.package if stage.name == ANSWER else None
         sent = _Envelopes(stage, self._plan_bytes, package)
         answers = _Answers(self, stage, tally)
+        if stage.name == ANSWER:
+            left = {dropout.client for dropout in self._dropouts}
+            for name in sorted(set(self._names) - stage.requests.keys() - left):
+                answers.drop(name, "unasked", "it has no keys of this session, or too few to open its masks")
         for name, outcome in self._driver.ask(stage.name, sent, self._deadline):
             answers.take(name, sent.tickets.get(name), outcome)
         if answers.elsewhere:  # they hold other weights: what brings these to the plan's
@@ -241,6 +256,7 @@ class _Round:
                 for name, outcome in self._driver.ask(stage.name, again, self._deadline):
                     answers.take(name, again.tickets.get(name), outcome)
             sent.bytes += again.bytes
+        answers.miss()
         answers.add_held_back()
         if stage.name == ANSWER:
             self._answered = answers.count
@@ -264,7 +280,7 @@ class _Envelopes(Mapping[str, bytes]):
         data = envelope.encode()
         if name not in self.tickets:
             self.bytes += len(data)
-        self.tickets[name] = envelope.ticket
+        self.tickets[name] = envelope.ticket(name)
         return data
 
     def __iter__(self) -> Iterator[str]:
@@ -304,7 +320,7 @@ class _Answers:
         if reply.status == "malformed":
             return self.drop(name, "malformed", reply.text)
         if reply.ticket != ticket:
-            return self.drop(name, "replayed", "a reply to another envelope")
+            return self.drop(name, "replayed", "a reply to another envelope, or of another client")
         if reply.status == "digest" and answering and not self.second:
             events.emit(
                 "catch-up",
@@ -326,6 +342,11 @@ class _Answers:
             self._add(name, reply.body)
         return None
 
+    def miss(self) -> None:
+        """Who was asked and is not spoken of any more has dropped out too."""
+        for name in sorted(self._asked - self._heard):
+            self.drop(name, "gone", "nothing was heard of it")
+
     def add_held_back(self) -> None:
         for name, answer in sorted(self._held_back):
             self._add(name, answer)
@@ -341,6 +362,7 @@ class _Answers:
             self.count += 1
 
     def drop(self, name: str, reason: str, text: str) -> None:
+        self._heard.add(name)
         self._owner._dropouts.append(Dropout(name, self._stage.name, reason, text))
         if reason != "simulated":  # these are many, and no news
             self._note(name, reason, text)

@@ -97,10 +97,16 @@ class SecureSum:
         if self._session is not None and self.lost < _PATIENCE and self._session.serves(plan.round, names):
             return self._session, False
         self.lost = 0
+        try:
+            settings = self.protection.settings(len(names))
+        except ConfigError as error:
+            if len(names) >= self.terms.cohort:
+                raise
+            raise AggregationError(f"round {plan.round}: {len(names)} clients are there: {error}") from error
         self._session = ServerSession(
             self.roster,
             names,
-            self.protection.settings(len(names)),
+            settings,
             self.protection.policy,
             job=self.job,
             first_round=plan.round,

@@ -84,12 +84,13 @@ class InProcess:
         for name in sorted(requests):
             endpoint = self._endpoints[name]
             envelope = Envelope.decode(requests[name])
+            ticket = envelope.ticket(name)
             try:
-                reply = Reply(envelope.ticket, "answer", endpoint.answer(envelope))
+                reply = Reply(ticket, "answer", endpoint.answer(envelope))
             except DigestMismatchError as error:
-                reply = Reply(envelope.ticket, "digest", error.held)
+                reply = Reply(ticket, "digest", error.held)
             except SecurityError as error:  # as everywhere, a client that refuses is one that does not answer
-                reply = Reply.explaining(envelope.ticket, "refused", error)
+                reply = Reply.explaining(ticket, "refused", error)
             if stage == ANSWER and reply.status == "answer":
                 client = endpoint.client
                 self.passes += client.observed.forward_passes
