@@ -16,9 +16,11 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
+
+import numpy as np
 
 from baffle.config import TrainConfig
 from baffle.events import clean
@@ -44,30 +46,34 @@ def _page(view: View, width: int, height: int) -> list[Line]:
     head = [_title(view, width), [(" " + _description(view.config), "dim")]]
     if view.last is None:
         blocks = [head, [[(" waits for its first round", "")]]]
-        return _joined(blocks, True) + _events(view, height - 4)
-    facts = [*_progress(view, view.last, width), *_learning(view, width)]
-    page: list[Line] = []
-    for most, gaps in ((99, True), (6, True), (3, True), (3, False), (1, False)):
+        return _joined(blocks, view, height)
+    bar = min(width - _STAGES - _GAP - _DROPOUTS, 20)
+    for most in (99, 6, 3, 1):
         drops = _dropouts(view, view.last, most)
-        bar = min(width - _STAGES - _GAP - _DROPOUTS, 20)
         if bar >= 6:
             middle = [_beside(_stages(view, view.last, bar), drops, _STAGES + bar + _GAP)]
         else:
             middle = [_stages(view, view.last, max(min(width - _STAGES - 1, 20), 4)), drops]
-        page = _joined([head, facts, *middle], gaps)
-        room = height - len(page) - gaps
-        if room >= min(len(view.events), 3) + 1:
+        blocks = [head, _progress(view, view.last, width) + _learning(view, width), *middle]
+        if sum(map(len, blocks)) + _least_events(view) <= height:
             break
-    events = _events(view, height - len(page) - gaps)
-    return [*page, *([[]] if gaps and events else []), *events]
+    return _joined(blocks, view, height)
 
 
-def _joined(blocks: Iterable[list[Line]], gaps: bool) -> list[Line]:
-    """All lines; between blocks, if there is room, an empty one."""
+def _least_events(view: View) -> int:
+    return min(len(view.events), 3) + 1 if view.events else 0
+
+
+def _joined(blocks: list[list[Line]], view: View, height: int) -> list[Line]:
+    """The blocks, with an empty line before as many of them as there is room for; below them the events."""
+    spare = height - sum(map(len, blocks)) - _least_events(view)
+    last = len(blocks)
+    apart = [n for n in (2, last, 3, 1) if n < last or (n == last and view.events)][: max(spare, 0)]
     page: list[Line] = []
-    for block in blocks:
-        page += [*([[]] if gaps and page and block else []), *block]
-    return page
+    for number, block in enumerate(blocks):
+        page += [*([[]] if number in apart else []), *block]
+    gap: list[Line] = [[]] if last in apart else []
+    return page + gap + _events(view, height - len(page) - len(gap))
 
 
 def _title(view: View, width: int) -> Line:
@@ -134,25 +140,26 @@ def _progress(view: View, last: Round, width: int) -> list[Line]:
 
 
 def _learning(view: View, width: int) -> list[Line]:
-    losses = list(enumerate(view.losses))
+    at = [look.round for look in view.looks]
     rows = [
-        ("loss", losses, min),
-        ("accuracy", [(look.round, look.accuracy) for look in view.looks], max),
-        ("EMA", [(look.round, look.ema_accuracy) for look in view.looks], max),
+        ("loss", range(view.done), view.losses, np.min),
+        ("accuracy", at, [look.accuracy for look in view.looks], np.max),
+        ("EMA", at, [look.ema_accuracy for look in view.looks], np.max),
     ]
-    if not any(math.isfinite(loss) for _, loss in losses):  # what devices see does not leave them
-        rows[0] = ("test loss", [(look.round, look.loss) for look in view.looks], min)
+    if not np.isfinite(view.losses).any():  # what devices see does not leave them
+        rows[0] = ("test loss", at, [look.loss for look in view.looks], np.min)
     room = max(min(width - _LABEL - 25, 160), 5)
     found: list[Line] = []
-    for name, values, best in rows:
-        seen = [value for _, value in values if math.isfinite(value)]
-        now = values[-1][1] if values else math.nan
+    for name, where, values, best in rows:
+        seen = np.asarray(values, dtype=np.float64)
+        now = seen[-1] if len(seen) else math.nan
+        seen = seen[np.isfinite(seen)]
         found.append(
             [
                 (_label(name), "head"),
                 (f"{now:.4f}  " if math.isfinite(now) else "–       ", ""),
-                (_sparkline(values, view.done, room), "bar"),
-                (f"  best {best(seen):.4f}" if seen else "", "dim"),
+                (_sparkline(where, values, view.done, room), "bar"),
+                (f"  best {best(seen):.4f}" if len(seen) else "", "dim"),
             ]
         )
     if view.config.privacy is not None:
@@ -230,13 +237,14 @@ def _events(view: View, height: int) -> list[Line]:
         level = clean(event.get("level", ""), 10)
         where = [f"round {event['round']}" if type(event.get("round")) is int else ""]
         where += [clean(event[name], 40) for name in ("client", "stage", "reason") if name in event]
-        place = ", ".join(filter(None, where))
+        place, text = ", ".join(filter(None, where)), clean(event.get("text", ""))
+        place = "" if text.startswith(place) else place + ": "
         shown.append(
             [
                 (f" {_moment(event.get('time'), view.now)}  ", "dim"),
                 (_padded(clean(event["event"], 18), 15) + " ", level if level in _STYLES else ""),
-                (place + (": " if place else ""), ""),
-                (clean(event.get("text", "")), "dim"),
+                (place, "dim"),
+                (text, ""),
             ]
         )
     return shown
@@ -314,26 +322,24 @@ def _bar(share: float, width: int) -> str:
     return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).strip().ljust(width)[:width]
 
 
-def _sparkline(points: Sequence[tuple[int, float]], rounds: int, width: int) -> str:
-    """(round, value) against all rounds, in at most ``width`` columns, from the least value to the most.
+def _sparkline(at: Sequence[int], values: Sequence[float], rounds: int, width: int) -> str:
+    """Values against rounds 0 … ``rounds`` − 1, in at most ``width`` columns, from the least to the most.
 
     A column is the mean of the values in it; where there are none, the value before.
     """
     columns = min(rounds, width)
-    parts: list[list[float]] = [[] for _ in range(columns)]
-    for at, value in points:
-        if math.isfinite(value):
-            parts[at * columns // rounds].append(value)
-    heights: list[float] = []
-    for part in parts:
-        before = heights[-1] if heights else math.nan
-        heights.append(sum(part) / len(part) if part else before)
-    finite = [height for height in heights if math.isfinite(height)]
-    if not finite:
+    known = np.isfinite(values)
+    if not known.any():
         return " " * columns
-    least, span = min(finite), max(finite) - min(finite)
-    levels = [(3 if span == 0 else round(7 * (h - least) / span)) if h == h else -1 for h in heights]
-    return "".join(" ▁▂▃▄▅▆▇█"[level + 1] for level in levels)
+    column = (np.asarray(at) * columns // rounds)[known]
+    counts = np.bincount(column, minlength=columns)
+    heights = np.bincount(column, np.asarray(values)[known], columns) / np.maximum(counts, 1)
+    least, most = heights[counts > 0].min(), heights[counts > 0].max()
+    levels = np.rint(7 * (heights - least) / (most - least)) if most > least else np.full(columns, 3)
+    curve = ""
+    for level, count in zip(levels, counts, strict=True):
+        curve += "▁▂▃▄▅▆▇█"[int(level)] if count else (curve[-1:] or " ")
+    return curve
 
 
 def _duration(seconds: float) -> str:
@@ -407,7 +413,8 @@ def _colored() -> bool:
 
 def _frame(page: Sequence[str]) -> bytes:
     """What draws a page over the one before, without a moment of emptiness between."""
-    return ("\x1b[H" + "\x1b[K\r\n".join(page) + "\x1b[K\x1b[J").encode("utf-8", "replace")
+    # Each line is emptied before it is written: after a full one, that would take its last letter.
+    return ("\x1b[H\x1b[2K" + "\r\n\x1b[2K".join(page)).encode("utf-8", "replace")
 
 
 def _size_of(out: int) -> os.terminal_size:

@@ -5,9 +5,11 @@ The files are read and never written, so this may happen in another process than
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +130,7 @@ class Watch:
     def _forget(self) -> None:
         self._done = self._aborted = self._down = self._up = 0
         self._recent: deque[Round] = deque(maxlen=RECENT)
-        self._losses: list[float] = []
+        self._losses = array("d")
         self._looks: list[Look] = []
         self._epsilon: float | None = None
         self._stages: dict[str, tuple[int, float]] = {}
@@ -154,7 +156,7 @@ class Watch:
                 written=written if self._done else None,
                 heard=max((t for t in (written, said) if t is not None), default=None),
                 recent=tuple(self._recent),
-                losses=tuple(self._losses),
+                losses=self._losses[:],
                 looks=tuple(self._looks),
                 epsilon=self._epsilon,
                 bytes_down=self._down,
@@ -224,7 +226,7 @@ def _round(row: Mapping[str, Any]) -> Round:
     if isinstance(stages, Mapping):
         counts = row.get("dropouts")
         dropouts = {
-            (clean(stage, 20), clean(reason, 20)): _count(count)
+            (_name(stage), _name(reason)): _count(count)
             for stage, reasons in (counts.items() if isinstance(counts, Mapping) else ())
             for reason, count in (reasons.items() if isinstance(reasons, Mapping) else ())
         }
@@ -245,9 +247,14 @@ def _round(row: Mapping[str, Any]) -> Round:
     )
 
 
+@functools.lru_cache(1000)  # the same few in each of many rows
+def _name(text: str) -> str:
+    return clean(text, 20)
+
+
 def _stage(name: str, entry: Mapping[str, Any]) -> Stage:
     return Stage(
-        clean(name, 20),
+        _name(name),
         _count(entry.get("asked")),
         _count(entry.get("answered")),
         _seconds(entry.get("seconds")),
