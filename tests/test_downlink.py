@@ -157,6 +157,41 @@ def test_sizes_are_as_documented():
     assert len(Steps((step,)).encode()) == 10 + 12 + 108 + 41 + 18 + 8 * K
 
 
+def test_bytes_are_those_of_the_specification():
+    """Section 12.1, byte by byte."""
+    half, single = struct.pack("<2e", 1.5, -0.0), struct.pack("<2f", 1.5, -0.0)
+    one, other = ONE.encode(), dataclasses.replace(ONE, round=5).encode()
+    adam = struct.pack("<B5d", 2, 0.1, 0.9, 0.99, 1e-8, 0.3)
+    momentum = struct.pack("<B3d", 1, 0.2, 0.9, 0.0)
+    sums = [RoundSum(r, np.array([0.5])).encode() for r in (3, 5)]
+    parts = (one, adam, sums[0], other, momentum, sums[1])
+    rows = {"mean": np.array([3, 4], np.float32), "square": np.array([5, 6], np.float32)}
+    weights = np.array([1.5, -0.0], np.float32)
+    expected = [
+        (HalfModel(weights.astype(np.float16)), [b"\x07", struct.pack("<Q", 2), half]),
+        (
+            Update(9, bytes(range(32)), weights.astype(np.float16)),
+            [b"\x08", struct.pack("<Q", 9), bytes(range(32)), struct.pack("<Q", 2), half],
+        ),
+        (
+            Steps(
+                (
+                    Step(ONE, Rule("adam", 0.1, 0.9, 0.99, clip=0.3), RoundSum(3, np.array([0.5]))),
+                    Step(RoundPlan.decode(other), Rule("momentum", 0.2, 0.9), RoundSum(5, np.array([0.5]))),
+                )
+            ),
+            [b"\x09", struct.pack("<I", 2), *(struct.pack("<I", len(part)) + part for part in parts)],
+        ),
+        (Snapshot(9, weights), [b"\x0a", struct.pack("<QQB", 9, 2, 0), single]),
+        (
+            Snapshot(9, weights, RuleState(7, rows)),
+            [b"\x0a", struct.pack("<QQBQ", 9, 2, 3, 7), single, struct.pack("<4f", 3, 4, 5, 6)],
+        ),
+    ]
+    for message, body in expected:
+        assert message.encode() == b"BFFL\x01" + b"".join(body)
+
+
 @EACH
 def test_every_truncation_and_extension_is_refused(message):
     data = message.encode()
