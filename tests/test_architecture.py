@@ -43,7 +43,7 @@ ROWS = """
     runs job
     plots doctor watch
     training top prometheus
-    cli flower
+    cli flower flare
     __main__ __init__
 """
 # What a module may import when it is imported, beyond the standard library and NumPy ...
@@ -55,6 +55,7 @@ AT_ONCE = {
     "llvmlite": {"kernels.simd"},
     "cryptography": {"secagg.primitives"},
     "flwr": {"flower"},
+    "nvflare": {"flare"},
 }
 # ... and what only inside functions: whoever does not call them need not have it.
 INSIDE_FUNCTIONS = {
