@@ -2,11 +2,12 @@
 # make test   install, then lint, type-check and test
 # make bench  install, then measure the engine against its yardsticks (a quarter of an hour);
 #             bench-check says which ratios fall short of their aims, scale draws the curves,
-#             secagg measures what secure sums cost
+#             secagg measures what secure sums cost, traffic counts the bytes of rounds
+# make test-deploy  start Flower and FLARE on this machine and test through them (test-slice: a part)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-deploy test-slice lint format bench bench-check scale secagg clean
+.PHONY: demo test test-deploy test-slice lint format bench bench-check scale secagg traffic clean
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -60,6 +61,10 @@ scale: .venv/.bench
 
 secagg: .venv/.bench
 	$(BIN)/python benchmarks/secagg.py
+	$(BIN)/python benchmarks/report.py
+
+traffic: .venv/.bench
+	$(BIN)/python benchmarks/traffic.py
 	$(BIN)/python benchmarks/report.py
 
 clean:

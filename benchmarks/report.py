@@ -19,11 +19,19 @@ from typing import Any
 
 import bench
 import secagg as costs
+import traffic as bytes_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = tuple(
-    ROOT / name for name in ("README.md", "docs/results.md", "docs/performance.md", "docs/privacy.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "docs/results.md",
+        "docs/performance.md",
+        "docs/privacy.md",
+        "docs/deployment.md",
+    )
 )
 LEAKAGE = ROOT / "experiments" / "leakage"
 PRIVACY_COST = ROOT / "experiments" / "privacy_cost"
@@ -337,6 +345,15 @@ def secagg_aims(result: Row) -> list[str]:
     return table(costs.AIM_HEADS, costs.aim_table(result["cells"]))
 
 
+def traffic(result: Row) -> list[str]:
+    return [
+        *table(bytes_of.HEADS, bytes_of.rows(result)),
+        "",
+        f"Bytes of whole messages per round and client, K = {result['K']}, {result['clients']} clients, all of "
+        f"which answer. `make traffic`. {machine(result)}",
+    ]
+
+
 def leakage(make: Callable[[Row], tables.Table]) -> Callable[[Row], list[str]]:
     def block(result: Row) -> list[str]:
         heads, rows, note = make(result)
@@ -380,6 +397,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "secagg": secagg,
     "secagg:stages": secagg_stages,
     "secagg:aims": secagg_aims,
+    "traffic": traffic,
     "secagg:parameters": secagg_parameters,
     "privacy-cost": privacy_cost,
     **{name: leakage(make) for name, make in tables.TABLES.items()},
