@@ -44,6 +44,8 @@ def lines(view: View, width: int, height: int, *, color: bool = False) -> list[s
 
 def _page(view: View, width: int, height: int) -> list[Line]:
     head = [_title(view, width), [(" " + _description(view.config), "dim")]]
+    if view.damaged:
+        head.append([(f" {view.damaged:,} damaged lines are left out", "warning")])
     if view.last is None:
         blocks = [head, [[(" waits for its first round", "")]]]
         return _joined(blocks, view, height)
@@ -142,7 +144,7 @@ def _progress(view: View, last: Round, width: int) -> list[Line]:
 def _learning(view: View, width: int) -> list[Line]:
     at = [look.round for look in view.looks]
     rows = [
-        ("loss", range(view.done), view.losses, np.min),
+        ("loss", range(len(view.losses)), view.losses, np.min),
         ("accuracy", at, [look.accuracy for look in view.looks], np.max),
         ("EMA", at, [look.ema_accuracy for look in view.looks], np.max),
     ]
@@ -439,7 +441,7 @@ def _ends(keys: int | None, seconds: float) -> bool:
     if not select.select([keys], [], [], seconds)[0]:
         return False
     pressed = os.read(keys, 64)
-    return not pressed or pressed[:1] in b"qQ"
+    return not pressed or b"q" in pressed.lower()
 
 
 @contextlib.contextmanager

@@ -264,7 +264,10 @@ def _stage(name: str, entry: Mapping[str, Any]) -> Stage:
 
 
 def _real(value: object) -> float:
-    return float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
+    try:
+        return float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        return math.nan
 
 
 def _seconds(value: object) -> float:
