@@ -155,7 +155,7 @@ def test_any_slice_of_a_gradient_is_the_whole_ones(kind, data):
     start = data.draw(st.integers(0, LAYOUT.n))
     stop = data.draw(st.integers(start, LAYOUT.n))
     kernel, out = compiled(kind, LAYOUT), np.empty(stop - start, np.float32)
-    kernel.mean(out, start, slopes, np.array(STREAM.key, np.uint64), *kernel.constants)
+    kernel.mean(out, start, slopes, 0, np.array(STREAM.key, np.uint64), *kernel.constants)
     whole = kernel.gradient(STREAM.key, slopes, LAYOUT.n, 1)
     assert np.array_equal(bits(out), bits(whole[start:stop]))
 
@@ -166,7 +166,7 @@ def test_threads_share_the_parameters_without_overlap(threads, n, monkeypatch):
     monkeypatch.setattr(directions, "_TASK", 1)
     parts = []
 
-    def mean(out, start, slopes, key):
+    def mean(out, start, slopes, first, key):
         parts.append((start, start + len(out)))
         out[:] = start
 

@@ -20,7 +20,7 @@ from baffle.errors import BaffleError
 from baffle.estimator import SteinEstimator
 from baffle.fixedpoint import FixedPoint
 from baffle.perturbations import Gaussian, Layout, LowRank, Perturbation, Rademacher
-from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, RoundSum
+from baffle.plan import LocalSteps, LocalTraining, ModelMessage, RoundPlan, RoundResult, RoundSum
 from baffle.privacy import Privacy
 from baffle.runtimes import Batch, DifferentiableRuntime, ExampleRuntime, Runtime, TangentRuntime
 from baffle.stream import Stream
@@ -81,6 +81,7 @@ __all__ = [
     "Identity",
     "IntegerSum",
     "Layout",
+    "LocalSteps",
     "LocalTraining",
     "LowRank",
     "ModelMessage",

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from baffle import law
 from baffle.aggregation import ANSWER, OpenSeal, Seal
 from baffle.errors import ConfigError, DataError, DigestMismatchError, LossError
-from baffle.estimator import SteinEstimator
-from baffle.local import clip_inf_norm, optimizer_for
-from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, weights_digest
+from baffle.estimator import Measurement, SteinEstimator
+from baffle.local import Sgd, clip_inf_norm, optimizer_for
+from baffle.plan import LocalSteps, LocalTraining, ModelMessage, RoundPlan, RoundResult, weights_digest
 from baffle.runtimes import Batch, Runtime
 from baffle.stream import Stream, derive_seed, seed_from
 from baffle.terms import Terms
@@ -115,8 +115,8 @@ class Client:
         """The encoded answer to an encoded plan and model: ``reply`` where a round has one stage.
 
         Raises MessageError for malformed bytes, DigestMismatchError where the model is not the plan's,
-        PrecisionError and LossError from the measurement. Cost: the plan's forward passes, times the
-        local steps if the plan is epoch-level.
+        PrecisionError and LossError from the measurement, ConfigError for a plan that this client cannot
+        do. Cost: the plan's forward passes; if it is epoch-level, its estimator's times the local steps.
         """
         return self.answer_to(Download.decode(plan, model))
 
@@ -170,6 +170,8 @@ class Client:
         self.observed = Observation()
         if plan.local is not None:
             values: NDArray[np.floating] = self._train(plan, plan.local, weights)
+        elif plan.steps is not None:
+            values = self._walk(plan, plan.steps, estimator, weights)
         else:
             indices = self._indices(plan.round, plan.batch_size)
             values = self._measure(plan, estimator, weights, indices)
@@ -224,6 +226,30 @@ class Client:
         passes = plan.estimator.forward_passes if plan.fidelity == "law" else 0
         self.observed = Observation(loss, passes)
         return gradient
+
+    def _walk(
+        self, plan: RoundPlan, steps: LocalSteps, estimator: SteinEstimator, start: NDArray[np.float32]
+    ) -> NDArray[np.float64]:
+        """Slopes (K,): a group of them at each of the points that the client's own steps lead to."""
+        if estimator.directions < plan.estimator.directions:
+            raise ConfigError(
+                f"client {self.name} measures {estimator.directions} directions at most: local steps need "
+                f"all K = {plan.estimator.directions}"
+            )
+        each, step = steps.each(estimator), Sgd(steps.learning_rate)
+        weights, found = start.copy(), list[Measurement]()
+        for t in range(steps.count):
+            first = t * each.directions
+            batch = self.samples.batch(self._indices(plan.round * steps.count + t, plan.batch_size))
+            found.append(each.slopes(self.runtime, weights, batch, plan.stream, first=first))
+            if t + 1 < steps.count:  # where the last step leads, nobody looks
+                slopes, layout = found[-1].slopes, self.runtime.layout
+                step(weights, each.gradient(slopes, plan.stream, layout, first=first))
+                if not np.isfinite(weights).all():
+                    raise self._not_finite(plan, f"local step {t} leads to weights that are not finite")
+        loss = float(np.mean([measured.loss for measured in found]))
+        self.observed = Observation(loss, sum(measured.forward_passes for measured in found))
+        return np.concatenate([measured.slopes for measured in found])
 
     def _indices(self, number: int, batch_size: int) -> NDArray[np.int64]:
         """Batch ``number`` of the endless row."""

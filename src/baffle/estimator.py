@@ -85,25 +85,31 @@ class SteinEstimator:
         return self.directions + 1 if self.scheme == "forward" else 2 * self.directions
 
     def slopes(
-        self, runtime: Runtime, weights: NDArray[np.float32], batch: Batch, stream: Stream
+        self,
+        runtime: Runtime,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        stream: Stream,
+        *,
+        first: int = 0,
     ) -> Measurement:
-        """The client's half: slopes (K,) of the batch's mean loss along z_0 … z_{K−1}.
+        """The client's half: slopes (K,) of the batch's mean loss along z_k, k from ``first`` on.
 
         Raises PrecisionError where σ lies below the runtime's arithmetic, ConfigError where the runtime
         cannot do ``tangent``, LossError (naming the direction) where a loss or a slope is NaN or infinite.
         Cost: ``forward_passes`` forward passes.
         """
         if self.scheme == "tangent":
-            return self._tangent(runtime, weights, batch, stream)
+            return self._tangent(runtime, weights, batch, stream, first)
         runtime.check_sigma(self.sigma)
         with runtime.holding(batch) if isinstance(runtime, HoldingRuntime) else nullcontext():
             if self.scheme == "central":
-                plus = self._losses(runtime.losses, weights, batch, stream, self.sigma)
-                minus = self._losses(runtime.losses, weights, batch, stream, -self.sigma)
+                plus = self._losses(runtime.losses, weights, batch, stream, self.sigma, first)
+                minus = self._losses(runtime.losses, weights, batch, stream, -self.sigma, first)
                 loss = float((plus + minus).mean() / 2)
                 return Measurement((plus - minus) / (2 * self.sigma), loss, self.forward_passes)
             base = _finite(runtime.loss(weights, batch))
-            plus = self._losses(runtime.losses, weights, batch, stream, self.sigma)
+            plus = self._losses(runtime.losses, weights, batch, stream, self.sigma, first)
         return Measurement((plus - base) / self.sigma, base, self.forward_passes)
 
     def example_slopes(
@@ -136,19 +142,20 @@ class SteinEstimator:
         return Measurement((plus - base).T / self.sigma, loss, self.forward_passes)
 
     def _tangent(
-        self, runtime: Runtime, weights: NDArray[np.float32], batch: Batch, stream: Stream
+        self, runtime: Runtime, weights: NDArray[np.float32], batch: Batch, stream: Stream, first: int
     ) -> Measurement:
         if not isinstance(runtime, TangentRuntime):
             raise ConfigError(
                 f"{type(runtime).__name__} cannot propagate derivatives: use the scheme forward or central"
             )
-        loss, slopes = runtime.derivatives(weights, batch, stream, self.perturbation, range(self.directions))
+        directions = range(first, first + self.directions)
+        loss, slopes = runtime.derivatives(weights, batch, stream, self.perturbation, directions)
         _finite(loss)
         bad = np.flatnonzero(~np.isfinite(slopes))
         if len(bad):
             k = int(bad[0])
             raise LossError(
-                f"the slope along direction {k} of round {stream.round} is {slopes[k]}: "
+                f"the slope along direction {first + k} of round {stream.round} is {slopes[k]}: "
                 "lower the learning rate, or check the data"
             )
         return Measurement(slopes, loss, self.forward_passes)
@@ -160,14 +167,16 @@ class SteinEstimator:
         batch: Batch,
         stream: Stream,
         scale: float,
+        first: int = 0,
     ) -> NDArray[np.float64]:
         """Losses (K,), or (K, B) of examples."""
-        losses = measure(weights, batch, stream, self.perturbation, range(self.directions), scale)
+        directions = range(first, first + self.directions)
+        losses = measure(weights, batch, stream, self.perturbation, directions, scale)
         bad = np.argwhere(~np.isfinite(losses))
         if len(bad):
             k = int(bad[0, 0])
             raise LossError(
-                f"the loss at direction {k} of round {stream.round} (scale {scale:+g}) is "
+                f"the loss at direction {first + k} of round {stream.round} (scale {scale:+g}) is "
                 f"{losses[tuple(bad[0])]}: "
                 "lower the learning rate or σ, or check the data"
             )
@@ -179,11 +188,14 @@ class SteinEstimator:
         stream: Stream,
         layout: Layout,
         *,
+        first: int = 0,
         chunk: int = _CHUNK,
         arrays: Arrays = NUMPY,
         threads: int | None = None,
     ) -> Any:
         """The server's half: ĝ = (1/K) Σ_k s_k z_k, float32 (n,), from slopes (K,), K = len(slopes).
+
+        The slopes are those along z_first, z_(first+1), …
 
         Normative arithmetic: float64, k ascending, multiply then add, then one division by K and one
         rounding to float32. So neither ``chunk`` (parameters held at a time), nor the array library, nor
@@ -196,15 +208,16 @@ class SteinEstimator:
         worth = arrays is NUMPY and layout.n * len(slopes) >= WORTH_A_KERNEL
         kernel = compiled(self.perturbation, layout) if worth else None
         if kernel is not None:
-            stream.check(range(len(slopes)), 0, 0)
-            return kernel.gradient(stream.key, slopes.astype(np.float64), layout.n, threads)
+            stream.check(range(first, first + len(slopes)), 0, 0)
+            return kernel.gradient(stream.key, slopes.astype(np.float64), layout.n, threads, first)
         out = arrays.empty((layout.n,))
         # As an array: some libraries multiply by 1/K where a device array is divided by a Python number.
         count = arrays.scalar(len(slopes))
         for start in range(0, layout.n, chunk):
             stop = min(start + chunk, layout.n)
             total: Any = 0.0
-            directions = self._directions(len(slopes), stream, layout, start, stop, arrays)
+            ks = range(first, first + len(slopes))
+            directions = self._directions(ks, stream, layout, start, stop, arrays)
             for slope, z in zip(slopes.tolist(), directions, strict=True):
                 total = arrays.float64(z) * slope + total
             with np.errstate(over="ignore"):
@@ -212,16 +225,16 @@ class SteinEstimator:
         return out
 
     def _directions(
-        self, count: int, stream: Stream, layout: Layout, start: int, stop: int, arrays: Arrays
+        self, ks: range, stream: Stream, layout: Layout, start: int, stop: int, arrays: Arrays
     ) -> Iterator[Any]:
         """z_k[start:stop] for each k; a device makes several in one set of launches."""
         if arrays is NUMPY:
-            for k in range(count):
+            for k in ks:
                 yield self.perturbation.values(stream, k, layout, start, stop, arrays)
             return
         together = max(1, _TOGETHER // (stop - start))
-        for k in range(0, count, together):
-            some = range(k, min(k + together, count))
+        for at in range(0, len(ks), together):
+            some = ks[at : at + together]
             yield from self.perturbation.values(stream, some, layout, start, stop, arrays)
 
 

@@ -201,7 +201,7 @@ class _Round:
             loss=float("nan"),
             participants=len(self._names),
             dropped=len(self._names) - (0 if total is None else self._answered),
-            forward_passes=plan.estimator.forward_passes * self._answered if known else 0,
+            forward_passes=plan.forward_passes * self._answered if known else 0,
             bytes_down=sum(stage.bytes_down for stage in self._stages),
             bytes_up=sum(stage.bytes_up for stage in self._stages),
             seconds=time.perf_counter() - started,

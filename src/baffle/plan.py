@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
@@ -65,10 +65,49 @@ class LocalTraining:
 
 
 @dataclass(frozen=True)
+class LocalSteps:
+    """Batch-level communication, ``count`` steps of SGD at a time, along directions that all clients share.
+
+    The round's K directions are as many groups of K / count, one behind the other. A client measures group
+    t at W_t, on its next batch, and goes on at W_(t+1) = W_t − η ĝ_t, where ĝ_t is the mean of the group's
+    s_k z_k and η the ``learning_rate``. It answers with the K slopes. The clients' mean slopes s̄_k say what
+    the mean of their steps is, since the directions are shared:
+
+        mean W_S = W_0 − S η ĝ,    ĝ = (1/K) Σ_k s̄_k z_k,    S = count
+
+    So a server of SGD with learning rate S·η is federated averaging (McMahan et al. 2017) of the clients' S
+    steps, at K numbers a client instead of n. Other rules take ĝ as they take any gradient.
+
+    Cost at a client: count · (K / count + 1) forward passes with ``forward``, 2K else; memory 8n bytes for
+    W_t and ĝ_t. Raises ConfigError for count < 2 or η ≤ 0.
+    """
+
+    count: int
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.count < 1 << 16:
+            raise ConfigError(f"{self.count} local steps: at least 2 are needed, and fewer than 2^16")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"local learning rate {self.learning_rate}: a positive number is needed")
+
+    def each(self, estimator: SteinEstimator) -> SteinEstimator:
+        """What one step measures: K / count directions. Raises ConfigError where K is no multiple of it."""
+        directions, rest = divmod(estimator.directions, self.count)
+        if rest:
+            raise ConfigError(
+                f"K = {estimator.directions} directions for {self.count} local steps: take a multiple of "
+                f"{self.count}"
+            )
+        return replace(estimator, directions=directions)
+
+
+@dataclass(frozen=True)
 class RoundPlan:
     """All that a client must know of a round, besides the model whose digest it names.
 
-    ``batch_size`` 0 asks for all the client's samples at once. ``local`` None is batch-level (FedSGD).
+    ``batch_size`` 0 asks for all the client's samples at once. ``local`` None is batch-level (FedSGD), then
+    ``steps`` None is one measurement a round. Raises ConfigError for what cannot be asked for together.
     """
 
     round: int
@@ -78,6 +117,7 @@ class RoundPlan:
     batch_size: int = 32
     fidelity: Fidelity = "forward-only"
     local: LocalTraining | None = None
+    steps: LocalSteps | None = None
 
     KIND: ClassVar[int] = 1
 
@@ -92,11 +132,24 @@ class RoundPlan:
             raise ConfigError("fidelity 'law' holds for gaussian perturbations only")
         if len(self.weights_digest) != DIGEST_BYTES or len(self.seed) != SEED_BYTES:
             raise ConfigError("seed and digest are 32 bytes each")
+        if self.steps is not None:
+            if self.local is not None:
+                raise ConfigError("local steps and local epochs exclude each other")
+            if self.fidelity != "forward-only":
+                raise ConfigError(f"local steps need the fidelity 'forward-only', not {self.fidelity!r}")
+            self.steps.each(self.estimator)
 
     @property
     def asks_slopes(self) -> bool:
         """Whether answers are slopes (K_c ≤ K,); n numbers otherwise."""
         return self.fidelity == "forward-only" and self.local is None
+
+    @property
+    def forward_passes(self) -> int:
+        """Forward passes that a batch-level answer costs; with ``law``, those that it stands for."""
+        if self.steps is None:
+            return self.estimator.forward_passes
+        return self.steps.count * self.steps.each(self.estimator).forward_passes
 
     @cached_property
     def stream(self) -> Stream:
@@ -109,7 +162,7 @@ class RoundPlan:
         return hashlib.sha256(self.encode()).digest()
 
     def encode(self) -> bytes:
-        e, local = self.estimator, self.local
+        e, local, steps = self.estimator, self.local, self.steps
         spec = e.perturbation.spec.encode()
         return b"".join(
             (
@@ -129,6 +182,8 @@ class RoundPlan:
                     LOCAL_OPTIMIZERS.index(local.optimizer),
                     local.clip,
                 ),
+                # Behind everything else and not always there: a plan without them keeps its bytes.
+                b"" if steps is None else struct.pack("<Hd", steps.count, steps.learning_rate),
             )
         )
 
@@ -145,12 +200,14 @@ class RoundPlan:
             )
             fidelity, batch_size = r.integer("B"), r.integer("I")
             digest = r.take(DIGEST_BYTES)
-            local, epochs = None, r.integer("H")
+            local, steps, epochs = None, None, r.integer("H")
             if epochs:
                 rate, optimizer, clip = r.real(), r.integer("B"), r.real()
                 local = LocalTraining(
                     epochs, rate, choice(LOCAL_OPTIMIZERS, optimizer, "local optimizer"), clip
                 )
+            elif r.at < len(data):
+                steps = LocalSteps(r.integer("H"), r.real())
             r.end()
             plan = cls(
                 round_,
@@ -160,6 +217,7 @@ class RoundPlan:
                 batch_size,
                 choice(FIDELITIES, fidelity, "fidelity"),
                 local,
+                steps,
             )
         if plan.encode() != data:
             raise MessageError("a plan that is not in canonical form")

@@ -24,6 +24,7 @@ from baffle.estimator import SteinEstimator
 from baffle.optimizers import Portable
 from baffle.plan import (
     Fidelity,
+    LocalSteps,
     LocalTraining,
     ModelMessage,
     RoundPlan,
@@ -56,9 +57,10 @@ class Server:
     kept. ``optimizer`` and ``scheduler`` are factories (the scheduler steps once a round). ``ema`` in
     [0, 1) is the decay of the weights' moving average, 0 for none. ``clip`` bounds the inf-norm of a
     batch-level gradient (the authors' code has 0.3, the paper does not say so), 0 for no bound.
-    ``local`` makes the communication epoch-level (FedAvg). ``downlink`` says what clients are sent to hold
-    the weights that they measure at: ``downlink.Downlink`` has the modes. Where these are not the server's
-    own (half precision), gradients are estimated there and applied to the server's.
+    ``local`` makes the communication epoch-level (FedAvg), ``steps`` lets a client take several steps in a
+    batch-level round. ``downlink`` says what clients are sent to hold the weights that they measure at:
+    ``downlink.Downlink`` has the modes. Where these are not the server's own (half precision), gradients
+    are estimated there and applied to the server's.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Server:
         batch_size: int = 32,
         fidelity: Fidelity = "forward-only",
         local: LocalTraining | None = None,
+        steps: LocalSteps | None = None,
         aggregator: Aggregator | None = None,
         downlink: Mode = "model",
     ) -> None:
@@ -82,7 +85,7 @@ class Server:
         if not (math.isfinite(clip) and clip >= 0):
             raise ConfigError(f"clip {clip}: a positive number, or 0 for none")
         self.layout = runtime.layout
-        self.estimator, self.fidelity, self.local = estimator, fidelity, local
+        self.estimator, self.fidelity, self.local, self.steps = estimator, fidelity, local, steps
         self.batch_size, self.clip, self.ema_decay = batch_size, clip, ema
         self.aggregator = aggregator or PlainSum()
         self.seed = seed_from(seed)
@@ -119,6 +122,7 @@ class Server:
                 self.batch_size,
                 self.fidelity,
                 self.local,
+                self.steps,
             )
             remembered = self.optimizer.rule_state if isinstance(self.optimizer, Portable) else None
             self.downlink.begin(self._plan, self._sent, remembered)

@@ -94,6 +94,8 @@ class Terms:
             raise ConfigError("levels are for slopes: this plan asks for n numbers")
         if self.levels and self.levels[-1] != K:
             raise ConfigError(f"the last level is {self.levels[-1]}, the plan has K = {K}")
+        if self.levels and plan.steps is not None:
+            raise ConfigError("levels are for clients that stop early: local steps need all K directions")
         if privacy is None:
             return
         if plan.fidelity != "forward-only":
@@ -102,6 +104,11 @@ class Terms:
             return
         if plan.local is not None:
             raise ConfigError("privacy of an example needs batch-level slopes: take the unit 'client'")
+        if plan.steps is not None:
+            raise ConfigError(
+                "privacy of an example needs one measurement a round: behind a local step, its slopes depend "
+                "on the other examples; take the unit 'client'"
+            )
         if plan.estimator.scheme == "tangent":
             raise ConfigError("privacy of an example needs the scheme forward or central, not tangent")
         if plan.batch_size == 0:

@@ -121,7 +121,7 @@ def _gaussian(out: Any, start: Any, k: Any, step: Any, h: Any, table: Any) -> No
 
 
 @compiled
-def _gaussian_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> None:
+def _gaussian_mean(out: Any, start: Any, slopes: Any, first: Any, h: Any, table: Any) -> None:
     words, q = _scratch(2 * _TILE + 16 * _GROUP).view(np.uint64), _scratch(2 * _TILE).view(np.int16)
     total = _scratch(8 * _TILE).view(np.float64)
     stop = start + len(out)
@@ -130,7 +130,7 @@ def _gaussian_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> Non
         b = min((a // _TILE + 1) * _TILE, stop)
         total[:] = 0.0
         for k in range(len(slopes)):
-            _integers(a, b, _U64(k), h, table, words, q)
+            _integers(a, b, _U64(first + k), h, table, words, q)
             slope = slopes[k]
             for i in range(b - a):
                 total[i] += np.float64(q[i]) * _GRID * slope
@@ -185,7 +185,7 @@ def _rademacher(out: Any, start: Any, k: Any, step: Any, h: Any, table: Any) -> 
 
 
 @compiled
-def _rademacher_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> None:
+def _rademacher_mean(out: Any, start: Any, slopes: Any, first: Any, h: Any, table: Any) -> None:
     words, spare = _scratch(_SIGNS // 8 + 16 * _GROUP).view(np.uint64), _scratch(4 * _SIGNS).view(np.float32)
     total, z = _scratch(8 * _SIGNS).view(np.float64), _scratch(4 * _SIGNS).view(np.float32)
     stop = start + len(out)
@@ -194,7 +194,7 @@ def _rademacher_mean(out: Any, start: Any, slopes: Any, h: Any, table: Any) -> N
         b = min((a // _SIGNS + 1) * _SIGNS, stop)
         total[:] = 0.0
         for k in range(len(slopes)):
-            _sign_row(z[: b - a], a, _U64(k), h, table, words, spare)
+            _sign_row(z[: b - a], a, _U64(first + k), h, table, words, spare)
             _add(total, z[: b - a], slopes[k])
         _divide(out[a - start : b - start], total, len(slopes))
         a = b
@@ -287,7 +287,15 @@ def _low_rank(
 
 @compiled
 def _low_rank_mean(
-    out: Any, start: Any, slopes: Any, h: Any, table: Any, tensors: Any, rank: Any, scale: Any
+    out: Any,
+    start: Any,
+    slopes: Any,
+    first: Any,
+    h: Any,
+    table: Any,
+    tensors: Any,
+    rank: Any,
+    scale: Any,
 ) -> None:
     most = _COLUMNS * rank
     words, q = _scratch(2 * most + 16 * _GROUP).view(np.uint64), _scratch(2 * most).view(np.int16)
@@ -301,7 +309,7 @@ def _low_rank_mean(
         if a >= b:
             continue
         if rows == 0:
-            _gaussian_mean(out[a - start : b - start], position + a - offset, slopes, h, table)
+            _gaussian_mean(out[a - start : b - start], position + a - offset, slopes, first, h, table)
             continue
         bottom = -(-(b - offset) // columns)
         for i0 in range((a - offset) // columns, bottom, _ROWS):
@@ -313,7 +321,7 @@ def _low_rank_mean(
                 tile = (i0, i1, j0, j1)
                 total[:] = 0.0
                 for k in range(len(slopes)):
-                    _factors(tile, rows, position, rank, _U64(k), h, table, words, q, A, B)
+                    _factors(tile, rows, position, rank, _U64(first + k), h, table, words, q, A, B)
                     for i in range(i1 - i0):
                         entries = z[: j1 - j0]
                         _entries(entries, A[i * rank : i * rank + rank], B, 0, scale, sums)
@@ -339,9 +347,15 @@ class Kernel(NamedTuple):
         return out
 
     def gradient(
-        self, key: tuple[int, ...], slopes: NDArray[np.float64], n: int, threads: int | None = None
+        self,
+        key: tuple[int, ...],
+        slopes: NDArray[np.float64],
+        n: int,
+        threads: int | None = None,
+        first: int = 0,
     ) -> NDArray[np.float32]:
-        """(1/K) Σ_k s_k z_k: float32 (n,), the same bits for any number of threads (None: all cores).
+        """(1/K) Σ_k s_k z_(first + k): float32 (n,), the same bits for any number of threads (None: all
+        cores).
 
         Memory: the result, and less than a megabyte a thread.
         """
@@ -349,7 +363,7 @@ class Kernel(NamedTuple):
         h = np.array(key, np.uint64)
 
         def part(start: int, stop: int) -> None:
-            self.mean(out[start:stop], start, slopes, h, *self.constants)
+            self.mean(out[start:stop], start, slopes, first, h, *self.constants)
 
         workers = min(threads or usable_cores(), n * len(slopes) // _TASK)
         if workers <= 1:
