@@ -349,8 +349,8 @@ def traffic(result: Row) -> list[str]:
     return [
         *table(bytes_of.HEADS, bytes_of.rows(result)),
         "",
-        f"Bytes of whole messages per round and client, K = {result['K']}, {result['clients']} clients, all of "
-        f"which answer. `make traffic`. {machine(result)}",
+        f"Bytes of whole messages per round and client, K = {result['K']}, {result['clients']} clients, all "
+        f"of which answer. `make traffic`. {machine(result)}",
     ]
 
 

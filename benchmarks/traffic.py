@@ -1,12 +1,12 @@
 """Bytes of a round, both ways, by model and downlink: `python benchmarks/traffic.py`, or `make traffic`.
 
-    traffic.py            counts every cell, prints the table, keeps it in results/traffic.json (about a minute)
+    traffic.py            counts every cell, prints the table, keeps it in results/traffic.json
     traffic.py --read     counts nothing: prints what is kept
     traffic.py --quick    the smallest model alone; keeps nothing
 
-Real servers, clients, envelopes and replies; a quadratic's losses stand in for the forward passes, since bytes
-do not depend on them: its parameters are laid out as the model's. A steady round is the last of three; in a
-late joiner's, a client takes part that has been away since the start.
+Real servers, clients, envelopes and replies. A quadratic's losses stand in for forward passes, since bytes do
+not depend on them; its parameters are laid out as the model's. A steady round is the last of three. In a late
+joiner's, a client takes part that has been away since the start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class Quadratic:
         batch: Batch,
         stream: Stream,
         perturbation: Perturbation,
-        directions: range,
+        directions: Sequence[int],
         scale: float,
     ) -> NDArray[np.float64]:
         return np.array([self.loss(weights, batch) + scale * math.sin(k + 1) for k in directions])
@@ -141,7 +141,7 @@ LABELS = {
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table of the documents: a line for each model and downlink."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, modes in result["cells"].items():
         for mode, row in modes.items():
             both = row["down"] + row["up"]
