@@ -16,6 +16,7 @@ from baffle.estimator import SteinEstimator
 from baffle.perturbations import Gaussian, Layout, LowRank, Rademacher
 from baffle.plan import (
     FIDELITIES,
+    LocalSteps,
     LocalTraining,
     ModelMessage,
     RoundPlan,
@@ -54,9 +55,12 @@ def plans(draw):
     estimator = draw(estimators)
     gaussian = estimator.perturbation == Gaussian()
     fidelity = draw(st.sampled_from(FIDELITIES if gaussian else [f for f in FIDELITIES if f != "law"]))
-    return RoundPlan(
-        draw(u64), draw(hashes), estimator, draw(hashes), draw(u32), fidelity, draw(st.none() | local)
-    )
+    trained, steps = draw(st.none() | local), None
+    if fidelity == "forward-only" and trained is None and draw(st.booleans()):
+        steps = LocalSteps(draw(st.integers(2, 2**16 - 1)), draw(positive))
+        groups = draw(st.integers(1, (2**32 - 1) // steps.count))
+        estimator = dataclasses.replace(estimator, directions=groups * steps.count)
+    return RoundPlan(draw(u64), draw(hashes), estimator, draw(hashes), draw(u32), fidelity, trained, steps)
 
 
 def reals(dtype, least):
@@ -98,6 +102,7 @@ SAMPLES = [
         "backprop",
         LocalTraining(),
     ),
+    RoundPlan(5, seed_from(3), SteinEstimator(12), bytes(32), steps=LocalSteps(4, 0.5)),
     ModelMessage(np.array([1.5, -0.0], np.float32)),
     RoundResult(3, bytes(32), 60, np.array([1.0, 2.0, -3.0], np.float32)),
     RoundSum(3, np.array([0.1, 1e-300])),
@@ -128,10 +133,11 @@ def test_two_messages_never_share_their_bytes(first, second):
 def test_sizes_are_as_documented():
     assert len(ModelMessage(np.zeros(10, np.float32)).encode()) == 14 + 4 * 10
     assert len(RoundResult(0, bytes(32), 1, np.zeros(10, np.float32)).encode()) == 58 + 4 * 10
+    assert [len(plan.encode()) for plan in SAMPLES[:3]] == [108, 117 + len("lowrank:4"), 118]
 
 
 def test_decoded_arrays_do_not_keep_the_message_and_can_be_written():
-    for message in SAMPLES[2:]:
+    for message in SAMPLES[3:]:
         data = bytearray(message.encode())
         back = type(message).decode(bytes(data))
         array = back.weights if isinstance(back, ModelMessage) else back.values
@@ -155,6 +161,9 @@ def test_bytes_do_not_depend_on_the_arrays_memory(order):
 def test_every_truncation_is_refused(message):
     data = message.encode()
     for size in range(len(data)):
+        if getattr(message, "steps", None) and size == len(data) - 10:  # a whole plan, and another one
+            assert RoundPlan.decode(data[:size]) == dataclasses.replace(message, steps=None)
+            continue
         with pytest.raises(MessageError):
             type(message).decode(data[:size])
 
@@ -368,6 +377,11 @@ def test_absurd_lengths_allocate_nothing():
         {"batch_size": 2**32},
         {"fidelity": "exact"},
         {"fidelity": "law", "estimator": SteinEstimator(3, perturbation=LowRank(1))},
+        {"steps": LocalSteps(2)},  # beside local epochs
+        {"steps": LocalSteps(3), "local": None},  # of 20 directions
+        {"steps": LocalSteps(40), "local": None},
+        {"steps": LocalSteps(2), "local": None, "fidelity": "law"},
+        {"steps": LocalSteps(2), "local": None, "fidelity": "backprop"},
     ],
 )
 def test_plans_that_cannot_be(change):
@@ -387,6 +401,18 @@ def test_plans_that_cannot_be(change):
 def test_local_training_that_cannot_be(change):
     with pytest.raises(ConfigError):
         LocalTraining(**change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"count": bad} for bad in (-2, 0, 1, 2**16)),
+        *({"learning_rate": bad} for bad in (0.0, -0.0, -1.0, math.nan, math.inf)),
+    ],
+)
+def test_local_steps_that_cannot_be(change):
+    with pytest.raises(ConfigError):
+        LocalSteps(**{"count": 2} | change)
 
 
 def test_a_message_error_is_an_error_of_baffle():
@@ -409,6 +435,7 @@ def test_plan_digest_names_every_field():
         {"batch_size": 33},
         {"fidelity": "law"},
         {"local": None},
+        *({"local": None, "steps": steps} for steps in (LocalSteps(2), LocalSteps(10), LocalSteps(2, 0.1))),
         {"local": LocalTraining(2)},
         {"local": LocalTraining(learning_rate=0.1)},
         {"local": LocalTraining(optimizer="sgd")},

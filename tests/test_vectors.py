@@ -18,7 +18,7 @@ from baffle.errors import ConfigError, MessageError
 from baffle.estimator import SteinEstimator
 from baffle.fixedpoint import FixedPoint
 from baffle.perturbations import Layout, perturbation_from_spec
-from baffle.plan import LocalTraining, RoundPlan, RoundResult, weights_digest
+from baffle.plan import LocalSteps, LocalTraining, RoundPlan, RoundResult, weights_digest
 from baffle.privacy import encode_clipped
 from baffle.stream import Stream, derive_seed, philox4x32, seed_from
 from baffle.terms import RingResult, Terms
@@ -188,7 +188,7 @@ def label_text(labels):
 
 def plan_fields(plan):
     """A plan as the C program prints it, made from the object and not from its bytes."""
-    e, local = plan.estimator, plan.local
+    e, local, steps = plan.estimator, plan.local, plan.steps
 
     def double(x):
         return hex_row(np.array([x], np.float64))
@@ -197,6 +197,8 @@ def plan_fields(plan):
     fields += [plan.fidelity, plan.batch_size, plan.weights_digest.hex()]
     if local is not None:
         fields += [local.epochs, double(local.learning_rate), local.optimizer, double(local.clip)]
+    if steps is not None:
+        fields += [steps.count, double(steps.learning_rate)]
     return " ".join(map(str, fields))
 
 
@@ -242,7 +244,7 @@ def test_c_reads_and_writes_the_published_messages(reference):
     for v in messages["plans"]:
         names = ["round", "seed", "directions", "sigma", "scheme", "perturbation", "fidelity", "batch_size"]
         fields = [v[name] for name in [*names, "weights_digest"]]
-        fields += (v["local"] or {}).values()
+        fields += [*(v["local"] or {}).values(), *v.get("steps", {}).values()]
         pairs.append((f"plan {v['bytes']}", " ".join(map(str, [*fields, v["bytes"]]))))
         pairs.append((f"sha256 {v['bytes']}", v["digest"]))
     plans = {v["digest"]: v["bytes"] for v in messages["plans"]}
@@ -333,6 +335,10 @@ def test_c_and_numpy_agree_where_the_sum_cancels(reference, spec):
 
 def random_plan(rng):
     fidelity = ["forward-only", "law", "backprop"][rng.integers(3)]
+    count, directions, kind = int(rng.integers(2, 1 << 16)), int(rng.integers(1, 1 << 32)), rng.integers(3)
+    walks = fidelity == "forward-only" and kind == 1
+    if walks:
+        directions = max(directions // count, 1) * count
     specs = ["gaussian"] if fidelity == "law" else ["gaussian", "rademacher", "lowrank:1", "lowrank:65535"]
     local = LocalTraining(
         int(rng.integers(1, 1 << 16)),
@@ -344,7 +350,7 @@ def random_plan(rng):
         int(rng.integers(1 << 64, dtype=np.uint64)),
         rng.bytes(32),
         SteinEstimator(
-            int(rng.integers(1, 1 << 32)),
+            directions,
             float(10.0 ** rng.uniform(-9, 0)),
             ["forward", "central", "tangent"][rng.integers(3)],
             perturbation_from_spec(str(rng.choice(specs))),
@@ -352,7 +358,8 @@ def random_plan(rng):
         rng.bytes(32),
         int(rng.integers(1 << 32)),
         fidelity,
-        local if rng.integers(2) else None,
+        local if kind == 2 else None,
+        LocalSteps(count, float(rng.exponential()) + math.ulp(0.0)) if walks else None,
     )
 
 
@@ -382,9 +389,19 @@ def test_c_and_python_refuse_the_same_plans(reference):
         data = bytearray(random_plan(rng).encode())
         struct.pack_into("<d", data, sigma, bad)
         candidates.append(bytes(data))
-    data = bytearray(replace(random_plan(rng), local=LocalTraining()).encode())
+    plain = replace(random_plan(rng), local=None, steps=None, fidelity="forward-only")
+    data = bytearray(replace(plain, local=LocalTraining()).encode())
     data[-1] = 0x80  # a clip of −0
     candidates.append(bytes(data))
+    estimator = replace(plain.estimator, directions=12)
+    walking = replace(plain, estimator=estimator, steps=LocalSteps(4)).encode()
+    assert RoundPlan.decode(walking).steps == LocalSteps(4)
+    for count in (0, 1, 5, 24):  # no steps have no bytes; 12 directions for 5, for 24
+        candidates.append(walking[:-10] + struct.pack("<H", count) + walking[-8:])
+    for bad in (math.nan, math.inf, -1.0, 0.0):
+        candidates.append(walking[:-8] + struct.pack("<d", bad))
+    trained = replace(plain, estimator=estimator, local=LocalTraining()).encode()
+    candidates += [trained + walking[-10:], walking[:-1], walking + bytes(1)]
     refused = []
     for data in candidates:
         try:
@@ -395,5 +412,5 @@ def test_c_and_python_refuse_the_same_plans(reference):
             refused.append(False)
     answers = reference(*[f"plan {data.hex() or '-'}" for data in candidates])
     assert [answer == "refused" for answer in answers] == refused
-    assert refused[-5:] == [True] * 5
+    assert refused[-16:] == [True] * 16
     assert 60 < sum(refused) < 300  # both kinds are there

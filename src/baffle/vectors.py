@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from baffle.estimator import SteinEstimator
 from baffle.fixedpoint import FixedPoint
 from baffle.perturbations import Layout, gaussian_table, perturbation_from_spec
-from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, RoundSum, weights_digest
+from baffle.plan import (
+    LocalSteps,
+    LocalTraining,
+    ModelMessage,
+    RoundPlan,
+    RoundResult,
+    RoundSum,
+    weights_digest,
+)
 from baffle.privacy import Privacy, encode_clipped
 from baffle.stream import Stream, derive_seed, philox4x32, seed_from
 from baffle.terms import RingResult, Terms
@@ -262,6 +270,7 @@ def _plans() -> list[RoundPlan]:
             LocalTraining(),
         ),
         RoundPlan(42, _SEED, SteinEstimator(5000), digest, fidelity="law"),
+        RoundPlan(43, _SEED, SteinEstimator(500), digest, steps=LocalSteps(5, 0.1)),
     ]
 
 
@@ -313,6 +322,14 @@ def _ring_messages(plan: RoundPlan) -> dict[str, Any]:
     }
 
 
+def _steps(plan: RoundPlan) -> dict[str, Any]:
+    """Where a plan has local steps alone: the vectors that were there first have no such field."""
+    if plan.steps is None:
+        return {}
+    rate = hex_row(np.array([plan.steps.learning_rate]))
+    return {"steps": {"count": plan.steps.count, "learning_rate": rate}}
+
+
 def _messages() -> dict[str, Any]:
     plans = _plans()
     single, double = np.array(_FLOATS, np.float32), np.array(_SLOPES)
@@ -335,6 +352,7 @@ def _messages() -> dict[str, Any]:
                     "optimizer": plan.local.optimizer,
                     "clip": hex_row(np.array([plan.local.clip])),
                 },
+                **_steps(plan),
                 "digest": plan.digest.hex(),
                 "bytes": plan.encode().hex(),
             }

@@ -235,7 +235,8 @@ typedef struct {
     uint32_t directions, batch_size;
     uint8_t seed[32], digest[32];
     uint8_t scheme, fidelity, optimizer;
-    uint16_t epochs; /* 0: batch-level, and no rate, optimizer or clip */
+    uint16_t epochs; /* 0: batch-level, and no optimizer or clip */
+    uint16_t steps;  /* batch-level: 0 for none, and no rate */
     char spec[16];
 } plan;
 
@@ -270,6 +271,9 @@ static size_t encode_plan(const plan *p, uint8_t *out) {
         put(at, p->rate, 8), at += 8;
         *at++ = p->optimizer;
         put(at, p->clip, 8), at += 8;
+    } else if (p->steps) {
+        put(at, p->steps, 2), at += 2;
+        put(at, p->rate, 8), at += 8;
     }
     return (size_t)(at - out);
 }
@@ -295,7 +299,13 @@ static int decode_plan(bytes b, plan *p) { /* 1: a plan; 0: refused */
     p->batch_size = (uint32_t)get(at + 1, 4);
     memcpy(p->digest, at + 5, 32);
     p->epochs = (uint16_t)get(at + 37, 2);
-    if (b.size != size + (p->epochs ? 17 : 0)) return 0;
+    if (!p->epochs && b.size == size + 10) {
+        p->steps = (uint16_t)get(at + 39, 2);
+        p->rate = get(at + 41, 8);
+        if (p->steps < 2 || p->directions % p->steps || !positive(p->rate) || p->fidelity) return 0;
+    } else if (b.size != size + (p->epochs ? 17 : 0)) {
+        return 0;
+    }
     if (p->epochs) {
         p->rate = get(at + 39, 8);
         p->optimizer = at[47];
@@ -466,6 +476,7 @@ static void answer(char **w) {
         if (q.epochs)
             printf(" %u %016" PRIx64 " %s %016" PRIx64, (unsigned)q.epochs, q.rate,
                    optimizers[q.optimizer], q.clip);
+        if (q.steps) printf(" %u %016" PRIx64, (unsigned)q.steps, q.rate);
         printf(" ");
         print_hex(again, encode_plan(&q, again));
     } else if (!strcmp(command, "result")) {
