@@ -24,7 +24,7 @@ ROWS = """
     errors environment events
     stream wire fixedpoint config law rules runtimes.prefix models._layers data.files data.partition
     secagg.primitives secagg.sharing
-    kernels privacy optimizers secagg secagg.parameters
+    kernels privacy optimizers exchange secagg secagg.parameters
     kernels.directions kernels.simd secagg.session
     kernels.winograd secagg.messages
     kernels.layers secagg.client secagg.server
@@ -38,9 +38,10 @@ ROWS = """
     plan data.folders
     terms local downlink data.hub
     aggregation vectors
-    client server secure data.sources
-    simulation checkpoint data
-    runs job
+    client server secure identities data.sources
+    endpoint federation checkpoint data
+    simulation device runs
+    job
     plots doctor watch
     training top prometheus
     cli flower flare
