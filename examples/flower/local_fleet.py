@@ -54,7 +54,7 @@ class FleetError(RuntimeError):
 
 
 class Fleet:
-    """All processes of one deployment, under ``folder``. Use as a context: on the way out everything ends."""
+    """All processes of one deployment, under ``folder``. A context: whatever happens in it, then all ends."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder, self.names = folder.resolve(), list(names)
@@ -66,15 +66,17 @@ class Fleet:
         self._make_secret("superexec")
 
     def __enter__(self) -> Fleet:
+        self._before = signal.signal(signal.SIGTERM, _interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
+        signal.signal(signal.SIGTERM, self._before)
 
     # -- what runs --------------------------------------------------------------------------------
 
-    def superlink(self) -> None:
-        """The SuperLink, and the executor that runs its ServerApps."""
+    def superlink(self, *options: str) -> None:
+        """The SuperLink. ``--simulation`` among its options makes it one without nodes."""
         self._start(
             "superlink",
             *("flower-superlink", "--host", HOST, "--port", str(self.port)),
@@ -83,10 +85,12 @@ class Fleet:
             *("--isolation", "process", *self._executor_secret()),
             *("--database", str(self.folder / "superlink.db")),
             "--disable-runtime-dependency-installation",
+            *options,
         )
         self._await("superlink", lambda: _connects(socket.AF_INET, (HOST, self.port)))
 
     def superlink_executor(self) -> None:
+        """What runs the SuperLink's ServerApps, each in a process of its own."""
         self._executor("superlink", self.port)
 
     def connect(self) -> None:
@@ -180,9 +184,11 @@ class Fleet:
         path.write_text(self._with_roster(config).to_toml() + own)
         return path
 
-    def submit(self, settings: Path) -> str:
+    def submit(self, settings: Path, *options: str) -> str:
         """``flwr run`` with the settings of a TOML file. Returns the run's id."""
-        said = self.flwr("run", str(APP), SUPERLINK, "--run-config", str(settings), "--format", "json")
+        said = self.flwr(
+            "run", str(APP), SUPERLINK, "--run-config", str(settings), "--format", "json", *options
+        )
         return str(said["run-id"])
 
     def status(self, run: str) -> tuple[str, str]:
@@ -404,6 +410,10 @@ def _free_port() -> int:
     return port
 
 
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _die_with_parent() -> None:
     """On Linux, a process ends with the one that started it, however that ends."""
     if sys.platform == "linux":
@@ -423,7 +433,6 @@ def main() -> int:
     config = TrainConfig.resolve(read_toml(fleet_config if options.resume else options.config))
     if config.partition not in ("iid", "dirichlet"):
         raise SystemExit("this script deals one data set to its devices: partition iid or dirichlet")
-    signal.signal(signal.SIGTERM, _interrupt)
     with Fleet(options.folder, [f"client-{i:03d}" for i in range(config.clients)]) as fleet:
         try:
             status, details = job(fleet, config, options.resume)
@@ -454,10 +463,6 @@ def start(fleet: Fleet, config: TrainConfig) -> None:
         fleet.node(name)
     for name in fleet.names:
         fleet.ready(name)
-
-
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,6 +40,7 @@ except ImportError as error:
 _RECORD = "baffle"  # the one record of a message: "envelope" and "seconds" down, one of the next three up
 _REPLY, _GONE, _REFUSED = "reply", "gone", "refused"
 _QUERY = "query"
+_HELLO = Envelope(HELLO)
 _HELLO_SECONDS = 60.0
 _EXPIRED = (3, 4)  # of flwr's error codes: the message, or its reply, outlived its time
 
@@ -150,7 +151,7 @@ class FlowerDriver:
         self._strangers = {n: claimed for n, claimed in self._strangers.items() if n in present}
         known = {*self._nodes.values(), *self._asked.values(), *self._strangers}
         new = sorted(present - known)
-        hello = _record(envelope=Envelope(HELLO).encode(), seconds=_HELLO_SECONDS)
+        hello = _record(envelope=_HELLO.encode(), seconds=_HELLO_SECONDS)
         numbers = self._push([_message(hello, node, HELLO, _HELLO_SECONDS) for node in new])
         self._asked.update({number: node for number, node in zip(numbers, new, strict=True) if number})
         if not self._asked:
@@ -172,7 +173,7 @@ class FlowerDriver:
             self._strangers[node] = ""
             return _turned_away(node, f"it does not say who it is: {error}")
         name = reply.text
-        if reply.status != "answer" or name not in self._expected:
+        if reply.status != "answer" or reply.ticket != _HELLO.ticket(name) or name not in self._expected:
             self._strangers[node] = ""
             return _turned_away(node, f"it calls itself {name!r}, and no client of the job is called so")
         if name in self._nodes:
