@@ -91,8 +91,11 @@ class TrainConfig:
     local_epochs: int = _setting(
         0, "0: batch-level communication (FedSGD); E ≥ 1: epoch-level (FedAvg) with E local epochs"
     )
-    local_learning_rate: float = _setting(0.01, "learning rate of the local steps (epoch-level)")
-    local_optimizer: str = _setting("adam", "optimizer of the local steps", choices=("adam", "sgd"))
+    local_steps: int = _setting(
+        1, "S ≥ 2: batch-level, with S steps of a client in each round, along K/S directions each"
+    )
+    local_learning_rate: float = _setting(0.01, "learning rate of the local steps, of either kind")
+    local_optimizer: str = _setting("adam", "optimizer of the local epochs' steps", choices=("adam", "sgd"))
     cohort: int | None = _setting(None, "clients drawn each round (default: all)")
     dropout: float = _setting(0.0, "chance that a client of the cohort vanishes mid-round")
 
@@ -136,7 +139,8 @@ class TrainConfig:
 
     optimizer: str | None = _setting(
         None,
-        "server optimizer: adam (batch-level default), radazo, sgd, momentum, average (epoch-level default)",
+        "server optimizer: adam (batch-level default), radazo, sgd, momentum; average: to where the clients' "
+        "own steps lead, on average (epoch-level default)",
         choices=("adam", "radazo", "sgd", "momentum", "average"),
     )
     learning_rate: float = _setting(0.02, "learning rate of the server", "--lr")
@@ -167,7 +171,7 @@ class TrainConfig:
                 self._refuse(entry.name, f"choose one of {', '.join(choices)}")
         self._positive("clients", "rounds", "cohort", "directions", "forward_passes", "image_size")
         self._positive("evaluate_every", "checkpoint_every", "threads")
-        self._positive("sigma", "learning_rate", "local_learning_rate", "epochs", "alpha")
+        self._positive("sigma", "learning_rate", "local_learning_rate", "local_steps", "epochs", "alpha")
         self._positive("max_samples", "deadline")
         self._positive("session_rounds", "ring_limit", "clip_norm", "noise_multiplier", "target_epsilon")
         for name in ("clip", "batch_size", "local_epochs"):
@@ -188,6 +192,8 @@ class TrainConfig:
             raise ConfigError(f"pretrained weights are for mobilenet-v2, not for {self.model}")
         if self.preset is not None and self.preset not in PRESETS:
             self._refuse("preset", f"choose one of {', '.join(PRESETS)}")
+        if self.local_steps > 1 and self.local_epochs:
+            raise ConfigError("local-steps and local-epochs exclude each other: set one of them")
         if self.downlink == "scalars":
             self._check_scalars()
         self._check_privacy()

@@ -25,7 +25,7 @@ from baffle.federation import Drops
 from baffle.fixedpoint import FixedPoint
 from baffle.optimizers import Portable, RAdaZO
 from baffle.perturbations import perturbation_from_spec
-from baffle.plan import LocalTraining
+from baffle.plan import LocalSteps, LocalTraining
 from baffle.privacy import Accountant, Privacy, Unit, calibrate
 from baffle.runtimes import Batch
 from baffle.runtimes.torch import TorchRuntime, cache_prefix
@@ -106,6 +106,7 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
             "adam" if config.local_optimizer == "adam" else "sgd",
             config.clip,
         )
+    steps = LocalSteps(config.local_steps, config.local_learning_rate) if config.local_steps > 1 else None
     server = Server(
         runtime,
         estimator,
@@ -117,6 +118,7 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
         batch_size=config.batch_size,
         fidelity=config.fidelity,  # type: ignore[arg-type]  # checked by TrainConfig
         local=local,
+        steps=steps,
         aggregator=aggregator,
         downlink=config.downlink,  # type: ignore[arg-type]
     )
@@ -239,9 +241,10 @@ def _names(config: TrainConfig, train: data.Dataset, roster: Roster | None) -> l
 def _estimator(config: TrainConfig) -> SteinEstimator:
     perturbation = perturbation_from_spec(config.perturbation)
     if config.forward_passes is not None:
-        return SteinEstimator.from_forward_passes(
-            config.forward_passes, config.sigma, config.scheme, perturbation
+        each = SteinEstimator.from_forward_passes(
+            config.forward_passes // config.local_steps, config.sigma, config.scheme, perturbation
         )
+        return dataclasses.replace(each, directions=config.local_steps * each.directions)
     return SteinEstimator(config.directions or 100, config.sigma, config.scheme, perturbation)
 
 
@@ -252,7 +255,7 @@ def _rounds(config: TrainConfig, samples: int, clients: int) -> int:
         return math.ceil(config.epochs / config.local_epochs)
     cohort = config.cohort or clients
     a_round = cohort * config.batch_size if config.batch_size else samples * cohort / clients
-    return math.ceil(config.epochs * math.ceil(samples / a_round))
+    return math.ceil(config.epochs * math.ceil(samples / a_round) / config.local_steps)
 
 
 # -- protection -------------------------------------------------------------------------------------
@@ -379,6 +382,8 @@ def _optimizer(config: TrainConfig) -> OptimizerFactory:
             return torch.optim.Adam(parameters, lr=lr, betas=betas)
         if name == "radazo":
             return RAdaZO(parameters, lr=lr, betas=betas)
+        if name == "average" and config.local_steps > 1:
+            return torch.optim.SGD(parameters, lr=config.local_steps * config.local_learning_rate)
         if name == "average":
             return averaging(parameters)
         return torch.optim.SGD(parameters, lr=lr, momentum=config.beta1 if name == "momentum" else 0.0)
