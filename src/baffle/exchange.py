@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from baffle.errors import ConfigError, MessageError
+from baffle.events import clean
 from baffle.wire import Reader, choice, decoding, header
 
 HELLO = "hello"  # the stage in which a device says its name: no plan, no request
@@ -103,14 +104,13 @@ class Reply:
     @classmethod
     def explaining(cls, ticket: bytes, status: Status, text: object) -> Reply:
         """A reply whose body is one line of text, cut where it is too long."""
-        line = " ".join(str(text).split()).encode("utf-8", "replace")[:_LONGEST_TEXT]
-        return cls(ticket, status, line)
+        line = clean(text).encode("utf-8", "replace")
+        return cls(ticket, status, line[:_LONGEST_TEXT].decode("utf-8", "ignore").encode())
 
     @property
     def text(self) -> str:
         """The body as one printable line: it comes from a stranger."""
-        decoded = self.body[:_LONGEST_TEXT].decode("utf-8", "replace")
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in decoded)
+        return clean(self.body[:_LONGEST_TEXT].decode("utf-8", "replace"))
 
     def encode(self) -> bytes:
         head = self.ticket + struct.pack("<BI", STATUSES.index(self.status), len(self.body))
