@@ -24,7 +24,6 @@ from baffle.downlink import (
     Step,
     Steps,
     Update,
-    is_whole,
     receive,
 )
 from baffle.errors import ConfigError, DigestMismatchError, MessageError
@@ -331,9 +330,6 @@ def test_models_need_nothing_held():
             got = receive(holding, plan_for(6, model), package, LAYOUT, digest_of)
             assert (got.round, got.weights.tobytes(), got.state) == (6, model.tobytes(), None)
             assert not got.weights.flags.writeable
-    assert is_whole(ModelMessage(w).encode())
-    assert is_whole(HalfModel(half).encode())
-    assert not any(is_whole(data) for data in (b"", Snapshot(6, w).encode(), SAMPLES[1].encode()))
 
 
 def test_no_package_is_for_those_who_hold_the_weights():
@@ -460,6 +456,16 @@ def test_whatever_does_not_fit_is_said_and_what_is_held_named():
         with pytest.raises(DigestMismatchError) as caught:
             receive(None, end, package.encode(), LAYOUT, digest_of)
         assert caught.value.held == b""
+
+
+def test_an_update_is_added_once():
+    w, added = row(1), row(2, scale=0.01).astype(np.float16)
+    v = w + added.astype(np.float32)
+    package, plan = Update(0, digest_of(w), added).encode(), plan_for(1, v)
+    got = receive(Holding.first(w), plan, package, LAYOUT, digest_of)
+    assert (got.round, got.weights.tobytes(), got.state) == (1, v.tobytes(), None)
+    again = receive(got, plan, package, LAYOUT, digest_of)
+    assert again.weights.tobytes() == v.tobytes()
 
 
 def test_numbers_that_are_none_are_not_held_whatever_their_digest():

@@ -425,7 +425,8 @@ def test_rules_that_cannot_be(wrong):
 
 def test_the_clip_is_its_own():
     g = np.array([3.0, -4.0, 1e-45], np.float32)
-    assert Rule("sgd", 0.1).clipped(g) is g
+    for clip in (0.0, 4.0, 5.0):
+        assert Rule("sgd", 0.1, clip=clip).clipped(g) is g
     bounded = Rule("sgd", 0.1, clip=0.3).clipped(g)
     assert bounded.tobytes() == clip_inf_norm(g, 0.3).tobytes()
     expected = [f32(float(entry) * f32(0.3 / 4.0)) for entry in g]

@@ -301,11 +301,6 @@ def _opened(
     return _repeated(holding, Steps.decode(package), layout, digest_of, threads)
 
 
-def is_whole(package: bytes) -> bool:
-    """Whether a package is a model for one round, of which nothing has to be kept (kind 2 or 7)."""
-    return _kind(package) in (ModelMessage.KIND, HalfModel.KIND)
-
-
 def _kind(package: bytes) -> int | None:
     if not package:
         return None
@@ -366,7 +361,6 @@ class Downlink:
         self.mode: Mode = mode
         self._at, self._n = 0, 0
         self._held: dict[str, int] = {}  # by client: a round, or −1 where it is known to hold none of ours
-        self._doubted: set[str] = set()  # who was sent what was missing, and has not answered since
         self._open: _Round | None = None
         # update: V of round _at, the float16 row that was added to the V before it, and whose V that was
         self._sent: NDArray[np.float32] | None = None
@@ -428,15 +422,15 @@ class Downlink:
 
     def holds(self, name: str, round_: int) -> None:
         """Notes that a client's reply to that round's plan was accepted: it holds its weights."""
-        self._doubted.discard(name)
         if self.mode in ("update", "scalars"):
             self._held[name] = round_
 
     def catch_up(self, name: str, held: bytes) -> bytes | None:
         """What to send a client that ended with other weights, from what it says it holds.
 
-        What is missing from there, if that is on record and was not sent in vain; else everything. None where
-        it had that: the client is left out of the round.
+        What is missing from there, if that is on record and was not what it was sent; else everything. None
+        where it had that: the client is left out of the round. A client that says another thing each time
+        is worth one catch-up a round; in the next it starts from what it said.
         """
         last, whole = self._now.last.get(name), self._now.whole
         if last is not None and last is whole:
@@ -444,11 +438,9 @@ class Downlink:
         base, digest = _HELD.unpack(held) if len(held) == _HELD.size else (-1, b"")
         known = digest != b"" and digest == self._digest_at(base)
         self._held[name] = base if known else -1
-        part = self._part(base) if known and name not in self._doubted else None
-        if part is None or part is last:  # what it repeats may be wrong too: its state has no digest
-            return self._offer(name, None)
-        self._doubted.add(name)
-        return self._offer(name, part)
+        part = self._part(base) if known else None
+        # What did not help may fail for what has no digest: what the rule remembers.
+        return self._offer(name, None if part is last else part)
 
     def stepped(self, plan: RoundPlan, rule: Rule | None, total: RoundSum) -> None:
         """Notes a step: the rule as it was for that step, its clip included. Only ``scalars`` keeps it."""
