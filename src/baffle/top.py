@@ -104,6 +104,7 @@ def _description(config: TrainConfig) -> str:
         f"{config.clients} clients{cohort}",
         config.fidelity if config.fidelity == "backprop" else f"{config.fidelity}, {k}",
         f"{config.local_epochs} local epochs" if config.local_epochs else "",
+        f"{config.local_steps} steps a round" if config.local_steps > 1 else "",
         "secure sums" if config.secure else "",
         f"private: each {config.privacy}" if config.privacy else "",
         f"{config.downlink} down" if config.downlink != "model" else "",
