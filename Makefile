@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-deploy test-slice lint format bench bench-check scale secagg traffic clean
+.PHONY: demo test test-deploy test-slice lint format bench bench-check scale secagg traffic deployment clean
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -65,6 +65,10 @@ secagg: .venv/.bench
 
 traffic: .venv/.bench
 	$(BIN)/python benchmarks/traffic.py
+	$(BIN)/python benchmarks/report.py
+
+deployment: .venv/.deploy
+	$(BIN)/python benchmarks/deployment.py
 	$(BIN)/python benchmarks/report.py
 
 clean:

@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import bench
+import deployment as over
 import secagg as costs
 import traffic as bytes_of
 
@@ -354,6 +355,19 @@ def traffic(result: Row) -> list[str]:
     ]
 
 
+def deployment(result: Row) -> list[str]:
+    measured = list(result["cells"].values())
+    commits = ", ".join(sorted({row["commit"] for row in measured}))
+    loads = [row["load"] for row in measured]
+    return [
+        *table(over.HEADS, over.rows(result)),
+        "",
+        "digits, MLP, K = 500, one sample a measurement. kB: per round and client. Lost: answers, in all. "
+        f"`make deployment`. Commits: {commits}. Load average after a cell: {min(loads)} to {max(loads)}. "
+        f"{machine(measured[0])}",
+    ]
+
+
 def leakage(make: Callable[[Row], tables.Table]) -> Callable[[Row], list[str]]:
     def block(result: Row) -> list[str]:
         heads, rows, note = make(result)
@@ -398,6 +412,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "secagg:stages": secagg_stages,
     "secagg:aims": secagg_aims,
     "traffic": traffic,
+    "deployment": deployment,
     "secagg:parameters": secagg_parameters,
     "privacy-cost": privacy_cost,
     **{name: leakage(make) for name, make in tables.TABLES.items()},
