@@ -317,7 +317,8 @@ def _figures(p: Progress) -> str:
     accuracy = "" if p.accuracy is None else f"acc {p.accuracy:.4f} ema {p.ema_accuracy:.4f} "
     rate = f"{p.forwards_per_second:,.0f} fwd/s " if p.forward_passes else ""
     spent = "" if p.epsilon is None else f"ε {p.epsilon:.3g} "
-    return f"loss {p.loss:.4f} {accuracy}{spent}{rate}up {_bytes(p.bytes_up)} down {_bytes(p.bytes_down)}"
+    loss = "" if math.isnan(p.loss) else f"loss {p.loss:.4f} "  # real devices keep it to themselves
+    return f"{loss}{accuracy}{spent}{rate}up {_bytes(p.bytes_up)} down {_bytes(p.bytes_down)}"
 
 
 def _plain(p: Progress) -> str:

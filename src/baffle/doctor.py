@@ -17,6 +17,9 @@ EXTRAS = {
     "cryptography": ("secure", "--secure: sums that show the server no client's answer"),
     "dp_accounting": ("privacy", "--privacy: counting up ε"),
     "tensorboard": ("tensorboard", "--tensorboard"),
+    "prometheus_client": ("prometheus", "baffle top --serve"),
+    "flwr": ("flower", "rounds over Flower"),
+    "nvflare": ("flare", "rounds over NVIDIA FLARE"),
 }
 SIGMAS = (1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -30,12 +33,12 @@ def report() -> Iterator[str]:
     for module, (extra, purpose) in EXTRAS.items():
         found = importlib.util.find_spec(module) is not None
         state = "installed" if found else f"missing: pip install 'baffle-fl[{extra}]'"
-        yield f"  {module:<13} {purpose}: {state}"
+        yield f"  {module:<17} {purpose}: {state}"
     if importlib.util.find_spec("torch") is None:
         return
     import torch
 
-    yield f"  cuda          {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen'}"
+    yield f"  cuda              {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen'}"
     yield "correlation of slopes with the exact directional derivative (LeNet, 32 samples of 8×8, K = 48):"
     yield f"  {'arithmetic':<10} {'scheme':<8} " + " ".join(f"σ={sigma:<7g}" for sigma in SIGMAS) + "  usable"
     from baffle.runtimes.torch import USABLE_SIGMA

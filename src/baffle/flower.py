@@ -145,7 +145,7 @@ class FlowerDriver:
         for name, node in list(self._nodes.items()):
             if node not in present:
                 del self._nodes[name]
-                events.emit("node-gone", "its node has left the federation", level="warning", client=name)
+                events.emit("client-gone", "its node has left the federation", level="warning", client=name)
                 # Whoever claims the same name may have it now.
                 self._strangers = {n: claimed for n, claimed in self._strangers.items() if claimed != name}
         self._strangers = {n: claimed for n, claimed in self._strangers.items() if n in present}
@@ -180,11 +180,11 @@ class FlowerDriver:
             self._strangers[node] = name
             return _turned_away(node, f"another node is {name} already")
         self._nodes[name] = node
-        return events.emit("node", "its node has come", client=name, node=node)
+        return events.emit("client-came", "its node has come", client=name, node=node)
 
 
 def _turned_away(node: int, text: str) -> None:
-    events.emit("stranger", text, level="warning", node=node, reason="unknown")
+    events.emit("unknown-client", text, level="warning", node=node, reason="unknown")
 
 
 def _record(**values: Any) -> Any:

@@ -93,6 +93,8 @@ def resume(
             save_checkpoint(folder.start, job.server)
             save_checkpoint(folder.checkpoint, job.server)
         folder.rewind(job.server.round, logged=_has_log(job.config))
+        if folder.log.path.exists():
+            job.server.downlink.refill(folder.log)
     except (CheckpointError, DataError) as error:
         raise CheckpointError(f"{error}; to begin anew: --config {path / 'config.toml'}") from error
     return _run(job, driver, folder, report, stop, writer)
@@ -117,20 +119,32 @@ def _run(
             writer = writer_class(str(folder.path), purge_step=job.server.round + 1)
             stack.callback(writer.close)
         stack.enter_context(events.to(folder.events))
-        events.emit("run", f"from round {job.server.round} to {job.rounds}", round=job.server.round)
+        at = job.server.round
+        event = "resume" if folder.metrics() else "run"
+        events.emit(event, f"from round {at} to {job.rounds}", round=at, rounds=job.rounds)
         try:
-            return _rounds(job, driver, folder, report, stop, writer)
+            _rounds(job, driver, folder, report, stop, writer)
         except BaffleError as error:
             events.emit("failed", str(error), level="error", round=job.server.round)
             raise
+        text = f"after round {job.server.round} of {job.rounds}"
+        events.emit("ended" if folder.ended else "stopped", text, round=job.server.round)
+        return folder
 
 
 def _records(job: Job, driver: Driver | None) -> Iterator[RoundRecord]:
     cohort = job.config.cohort
     if driver is None:
         return simulate(job.server, job.clients, rounds=job.rounds, cohort=cohort, drops=job.drops)
-    deadline = job.config.deadline
-    return run(job.server, driver, rounds=job.rounds, cohort=cohort, deadline=deadline, drops=job.drops)
+    return run(
+        job.server,
+        driver,
+        rounds=job.rounds,
+        names=job.names,
+        cohort=cohort,
+        deadline=job.config.deadline,
+        drops=job.drops,
+    )
 
 
 def _rounds(
@@ -140,7 +154,7 @@ def _rounds(
     report: Report,
     stop: Callable[[], bool],
     writer: Any,
-) -> RunFolder:
+) -> None:
     config, server, totals = job.config, job.server, _Totals(folder.metrics())
     again = folder.resumes()
     started, first = time.perf_counter(), server.round
@@ -164,6 +178,7 @@ def _rounds(
         if protected or done % config.checkpoint_every == 0 or done == job.rounds or stopping:
             folder.sync()
             save_checkpoint(folder.checkpoint, server)
+            events.emit("checkpoint", f"after round {done}", level="debug", round=record.round)
         totals.add(row)
         seconds = time.perf_counter() - started
         progress = totals.progress(record, job.rounds, seconds, done - first, looks)
@@ -171,11 +186,10 @@ def _rounds(
             _write_events(writer, progress, row)
         report(progress)
         if stopping and done < job.rounds:
-            return folder
+            return
     if plots.available():
         plots.curves([folder], folder.curves)
     folder.save_weights(server.weights, server.ema_weights)  # last: they say that the run has ended
-    return folder
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
