@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,19 @@ class Federation:
         self._mark = secrets.token_hex(16)
         self._sockets = Path("/tmp") / f"baffle-{self._mark[:8]}"  # a socket's path is short
         self._session: Any = None
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Federation:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # It kills what is marked once its input ends: when this is over, however it is.
+        self._sweeper = subprocess.Popen(
+            [sys.executable, __file__, "--sweep", self._mark, str(self._sockets)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
             self._logs.mkdir(parents=True)
-            self._provision()
+            self.port = _free_port()
+            provision(self.folder, self.names, self.port)
             self._make_keys()
             self._write_local()
             self.start("server")
@@ -66,27 +73,8 @@ class Federation:
 
     # -- what a person does on each machine -----------------------------------------------------------
 
-    def _provision(self) -> None:
-        """Certificates and start-up kits, one for each participant. The root key stays where this ran."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        sites = "".join(f"  - {{name: {name}, type: client, org: baffle}}\n" for name in self.names)
-        (self.folder / "project.yml").write_text(
-            "api_version: 3\nname: baffle\ndescription: one machine\nparticipants:\n"
-            f"  - {{name: localhost, type: server, org: baffle, fed_learn_port: {port}}}\n{sites}"
-            f"  - {{name: {ADMIN}, type: admin, org: baffle, role: project_admin}}\n"
-            "builders:\n"
-            "  - path: nvflare.lighter.impl.workspace.WorkspaceBuilder\n"
-            "  - path: nvflare.lighter.impl.static_file.StaticFileBuilder\n"
-            "    args: {config_folder: config, scheme: tcp}\n"
-            "  - path: nvflare.lighter.impl.cert.CertBuilder\n"
-            "  - path: nvflare.lighter.impl.signature.SignatureBuilder\n"
-        )
-        self._run("provision", [_program("nvflare"), "provision", "-p", "project.yml", "-w", "kits"])
-
     def kit(self, name: str) -> Path:
-        return self.folder / "kits" / "baffle" / "prod_00" / ("localhost" if name == "server" else name)
+        return kit(self.folder, name)
 
     def _make_keys(self) -> None:
         """For secure sums: each device's own key, and the roster of public ones that all pin."""
@@ -94,7 +82,7 @@ class Federation:
         text = self._config.read_text()
         if self._settings.secure:
             lines = [
-                self._run(f"identity-{name}", [_program("baffle"), "identity", f"{name}.key", "--name", name])
+                self._run([_program("baffle"), "identity", f"{name}.key", "--name", name])
                 for name in self.names
             ]
             (self.folder / "roster").write_text("".join(lines))
@@ -111,9 +99,9 @@ class Federation:
                     own |= {key: str(self.folder / f"{name}.{end}") for key, end in _FILES.items()}
             prepare(self.kit(name), own)
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, kit: Path | None = None) -> None:
         """The server, or a site: by its kit's own script, which starts it again when it dies."""
-        self._start(name, ["bash", str(self.kit(name) / "startup" / "sub_start.sh")])
+        self._start(name, ["bash", str((kit or self.kit(name)) / "startup" / "sub_start.sh")])
 
     def start_device(self, name: str) -> None:
         listen = self._sockets / f"{name}.sock"
@@ -162,27 +150,23 @@ class Federation:
 
     def processes(self, *words: str) -> list[int]:
         """Ids of this federation's processes whose command line has all the words."""
-        return [pid for pid, line in _marked(f"{_OURS}={self._mark}") if all(word in line for word in words)]
+        return [pid for pid, line in _marked(self._mark) if all(word in line for word in words)]
 
     def kill(self, *words: str) -> int:
         """kill -9 to those processes. How many there were."""
         found = self.processes(*words)
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(found)
         return len(found)
 
     def end(self) -> None:
-        """Kills until nothing of this federation is left: a restart loop may be quicker than one sweep."""
+        """Until nothing of this federation is left."""
         if self._session is not None:
             with contextlib.suppress(Exception):
                 self._session.close()
             self._session = None
-        for _ in range(50):
-            if not self.kill():
-                break
-            time.sleep(0.1)
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        self._sweeper.communicate(timeout=60)
+        for process in self._started:
+            process.wait(timeout=10)
 
     def _environment(self) -> dict[str, str]:
         return os.environ | {
@@ -194,32 +178,63 @@ class Federation:
             "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "10",
         }
 
+    def log(self, name: str) -> Path:
+        return self._logs / f"{name}.txt"
+
     def _start(self, name: str, command: Sequence[str]) -> None:
-        with (self._logs / f"{name}.txt").open("ab") as log:
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environment(),
-                cwd=self.folder,
-                start_new_session=True,
+        with self.log(name).open("ab") as log:
+            self._started.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._environment(),
+                    cwd=self.folder,
+                    start_new_session=True,
+                )
             )
 
-    def _run(self, name: str, command: Sequence[str]) -> str:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=self._environment(),
-            cwd=self.folder,
-            check=False,
-        )
-        (self._logs / f"{name}.txt").write_text(done.stdout + done.stderr)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
-        return done.stdout
+    def _run(self, command: Sequence[str]) -> str:
+        return _run(command, self.folder, self._environment())
+
+
+def provision(folder: Path, names: Sequence[str], port: int) -> None:
+    """Certificates and start-up kits, one for each participant. The key of their root stays in ``folder``."""
+    sites = "".join(f"  - {{name: {name}, type: client, org: baffle}}\n" for name in names)
+    (folder / "project.yml").write_text(
+        "api_version: 3\nname: baffle\ndescription: one machine\nparticipants:\n"
+        f"  - {{name: localhost, type: server, org: baffle, fed_learn_port: {port}}}\n{sites}"
+        f"  - {{name: {ADMIN}, type: admin, org: baffle, role: project_admin}}\n"
+        "builders:\n"
+        "  - path: nvflare.lighter.impl.workspace.WorkspaceBuilder\n"
+        "  - path: nvflare.lighter.impl.static_file.StaticFileBuilder\n"
+        "    args: {config_folder: config, scheme: tcp}\n"
+        "  - path: nvflare.lighter.impl.cert.CertBuilder\n"
+        "  - path: nvflare.lighter.impl.signature.SignatureBuilder\n"
+    )
+    command = [_program("nvflare"), "provision", "-p", "project.yml", "-w", "kits"]
+    _run(command, folder, os.environ | {"HOME": str(folder)})
+
+
+def kit(folder: Path, name: str) -> Path:
+    """Where ``provision`` put a participant's start-up kit."""
+    return folder / "kits" / "baffle" / "prod_00" / ("localhost" if name == "server" else name)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
 
 
 _FILES = {"identity": "key", "ledger": "ledger"}
@@ -230,17 +245,36 @@ def _program(name: str) -> str:
 
 
 def _marked(mark: str) -> Iterator[tuple[int, str]]:
-    """Processes with ``mark`` in their environment, and their command lines. Never this one."""
+    """Processes with ``mark`` in their environment, and their command lines."""
+    wanted = f"{_OURS}={mark}".encode()
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
         with contextlib.suppress(OSError):
-            if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 yield int(entry.name), line
 
 
+def _kill(processes: Sequence[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _sweep(mark: str) -> None:
+    """Kills until nothing is left: a restart loop may be quicker than one look."""
+    for _ in range(200):
+        if not (found := [process for process, _ in _marked(mark)]):
+            return
+        _kill(found)
+        time.sleep(0.1)
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["--sweep"]:
+        sys.stdin.read()
+        _sweep(sys.argv[2])
+        shutil.rmtree(sys.argv[3], ignore_errors=True)
+        return 0
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--config", type=Path, required=True, help="settings, as of baffle train")
     options.add_argument("--folder", type=Path, required=True, help="where all goes; must not be there")

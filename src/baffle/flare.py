@@ -138,8 +138,10 @@ class FlareDriver:
                 outcome = DeliveryError("gone", why)
             if name in silent:
                 del silent[name]
-                if isinstance(outcome, DeliveryError) and outcome.reason == "gone":
-                    self._leave_out(name, str(outcome))
+                if isinstance(outcome, DeliveryError):
+                    self._stop_if_over()  # which ends what waits
+                    if outcome.reason == "gone":
+                        self._leave_out(name, str(outcome))
                 yield name, outcome
 
     def _exchange(self, name: str, envelope: bytes, seconds: float, process: str, heard: Any) -> None:

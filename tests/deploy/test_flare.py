@@ -1,0 +1,170 @@
+"""FLARE with real processes on this machine: a provisioned server, certified sites, devices behind sockets.
+
+The oracle is the same job in one process. Whatever is killed, the sums are those of who answered.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nvflare")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "flare"))
+
+from federation import Federation, kit, provision
+
+from baffle.checkpoint import load_checkpoint
+from baffle.flare import prepare, settings_of
+from baffle.job import build
+from baffle.runs import RunFolder
+from baffle.simulation import simulate
+from baffle.training import train
+
+# FLARE's own: files and sockets that it leaves to the collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+BASE = {"data": "digits", "model": "mlp", "clients": 4, "threads": 1, "directions": 20}
+
+
+def settings(folder: Path, **more: object) -> Path:
+    path = folder / "given.toml"
+    lines = (f"{name.replace('_', '-')} = {json.dumps(value)}\n" for name, value in (BASE | more).items())
+    path.write_text("".join(lines))
+    return path
+
+
+def trained(federation: Federation, run: str, timeout: float = 90) -> RunFolder:
+    assert federation.finish(federation.submit(run), timeout) == "FINISHED:COMPLETED"
+    return RunFolder.open(federation.runs / run)
+
+
+def same_weights(run: RunFolder, other: RunFolder) -> None:
+    for which in ("final", "ema"):
+        assert run.load_weights(which).tobytes() == other.load_weights(which).tobytes()
+
+
+@pytest.mark.slice
+def test_same_bits_as_in_one_process(tmp_path):
+    path = settings(tmp_path, clients=2, rounds=8, dropout=0.3)
+    with Federation(tmp_path / "flare", path, within=True) as federation:
+        run = trained(federation, "a")
+        assert federation.processes("server_train")
+    assert not federation.processes()
+    simulated = train(settings_of(path), tmp_path / "simulated", lambda _: None)
+    same_weights(run, simulated)
+    rows = run.metrics()
+    assert [row["dropped"] for row in rows] == [row["dropped"] for row in simulated.metrics()]
+    assert any("simulated" in row.get("dropouts", {}).get("answer", {}) for row in rows)
+
+
+def test_secure_sums_have_the_same_bits(tmp_path):
+    path = settings(tmp_path, clients=5, rounds=6, secure=True, max_dropout=0.2, dropout=0.1, seed=5)
+    with Federation(tmp_path / "flare", path) as federation:
+        run = trained(federation, "a")
+    simulated = train(settings_of(path), tmp_path / "simulated", lambda _: None)
+    same_weights(run, simulated)
+    dropped = [row["dropped"] for row in run.metrics()]
+    assert dropped == [row["dropped"] for row in simulated.metrics()]
+    assert sum(dropped) > 0
+    assert not any(row.get("aborted") for row in run.metrics())
+
+
+def test_a_site_that_dies_is_left_out_and_comes_back(tmp_path):
+    """kill -9: a device, a job's process, a site with its job's. All come back; then every sum is checked."""
+    path = settings(tmp_path, rounds=100_000, evaluate_every=100_000, checkpoint_every=1)
+    with Federation(tmp_path / "flare", path) as federation:
+        job = federation.submit("a")
+        run = federation.runs / "a"
+        federation.wait(lambda: done(run) > 5, 90, "the first rounds")
+        strangers(federation, tmp_path / "other")
+        killed = {}
+
+        def kill(victim: str, *words: str, again=lambda: None) -> None:
+            killed[done(run)] = victim
+            assert federation.kill(*words) == 1 + (words[0] == "nvflare.private")
+            federation.wait(lambda: left_out(run, victim), 60, f"{victim} to be left out")
+            again()
+            federation.wait(lambda: back(run, victim), 90, f"{victim} to come back")
+            assert federation.status(job) == "RUNNING"
+
+        kill("client-001", "baffle device", "client-001", again=lambda: federation.start_device("client-001"))
+        kill("client-002", "worker_process", "client-002")
+        kill("client-003", "nvflare.private", "client-003")
+        assert federation.connected() == set(federation.names)
+        log = federation.log("server").read_text()
+        assert "authenticated as 'client-000' but claimed endpoint 'client-008'" in log
+        assert "CERTIFICATE_VERIFY_FAILED" in log
+        federation.session().abort_job(job)
+        assert federation.finish(job, 60) == "FINISHED:ABORTED"
+
+    folder = RunFolder.open(run)
+    rows, said = folder.metrics(), events(run)
+    assert {event["client"] for event in said if event["event"] == "client-gone"} == set(killed.values())
+    named = {(e["round"], e["client"]): e["reason"] for e in said if e["event"] == "dropout"}
+    assert set(named.values()) == {"gone"}
+    assert {client for _, client in named} == set(killed.values())
+
+    def absent(round_: int, name: str) -> bool:
+        victim = [v for first, v in sorted(killed.items()) if first <= round_ + 1][-1:]
+        row = rows[round_]
+        return (round_, name) in named or (row["participants"] < 4 and [name] == victim)
+
+    assert all(row["participants"] >= 3 for row in rows)
+    reference, interrupted = build(settings_of(path)), build(settings_of(path))
+    load_checkpoint(folder.checkpoint, interrupted.server)
+    rounds = interrupted.server.round
+    assert rounds >= len(rows) - 1
+    for record in simulate(reference.server, reference.clients, rounds=rounds, drops=absent):
+        row = rows[record.round]
+        assert 4 - record.dropped == row["participants"] - row["dropped"]
+    np.testing.assert_array_equal(reference.server.weights, interrupted.server.weights)
+
+
+def strangers(federation: Federation, folder: Path) -> None:
+    """Sites that look for this server: with a certificate of another root, and with that of another site."""
+    folder.mkdir()
+    provision(folder, ["client-009"], federation.port)
+    other = kit(folder, "client-009")
+    prepare(other, {"socket": "nowhere"})
+    shutil.copy(federation.kit("client-000") / "startup" / "rootCA.pem", other / "startup")  # it trusts ours
+    federation.start("client-009", other)
+    posing = folder / "client-008"
+    for part in ("startup", "local"):
+        shutil.copytree(federation.kit("client-000") / part, posing / part)
+    script = posing / "startup" / "sub_start.sh"
+    script.write_text(script.read_text().replace("uid=client-000", "uid=client-008"))
+    federation.start("client-008", posing)
+
+
+def done(run: Path) -> int:
+    return len(lines(run / "metrics.jsonl"))
+
+
+def left_out(run: Path, name: str) -> bool:
+    return [e["event"] for e in events(run) if e.get("client") == name][-1:] != ["client-came"] and any(
+        e["event"] == "client-gone" and e["client"] == name for e in events(run)
+    )
+
+
+def back(run: Path, name: str) -> bool:
+    said = [e["event"] for e in events(run) if e.get("client") == name]
+    return said[-1:] == ["client-came"] and lines(run / "metrics.jsonl")[-1]["participants"] == 4
+
+
+def events(run: Path) -> list[dict]:
+    return lines(run / "events.jsonl")
+
+
+def lines(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
