@@ -1,11 +1,14 @@
-"""Clients as processes of their own behind real sockets, to be held still, killed, stopped and started again.
+"""Clients as processes of their own behind real sockets, to be held, killed, stopped and started again.
 
-Run as a script, this file is such a device: ``Endpoint`` and ``device.serve`` as they are, on a Python without
-torch, with moments at which it can be held. Imported, it starts and drives them: a test arms a device for a
-moment of a stage; the device stops there and says so on its pipe; a thread here does to the process what the
-test wants, by its pid. A driver for the engine as well: ``Sockets``, and a record of every byte that passed.
+Run as a script, this file is such a device: ``Endpoint`` and ``device.serve`` as they are, on a Python
+without torch, with moments at which it can be held. Imported, it starts and drives them: a test arms a device
+for a moment of a stage; the device stops there and says so on its pipe; a thread here does to the process
+what the test wants, by its pid. A driver for the engine as well: ``Sockets``, with a record of all that
+passed.
 
-    moments   before      the envelope has arrived, nothing was done with it
+    moments   forgotten   it holds what it was built with, as if it had started again
+              flipped     a bit of the weights that it holds has changed; "remembered": of the rule's state
+              before      the envelope has arrived, nothing was done with it
               measuring   half of the forward passes are done
               after       the reply is made, and has not left
               later       the reply has arrived
@@ -39,14 +42,11 @@ from baffle.endpoint import Endpoint
 from baffle.errors import BaffleError
 from baffle.exchange import Envelope
 
-MOMENTS = ("before", "measuring", "after", "later")
-
-
 # -- what a device measures with ---------------------------------------------------------------------------
 
 
 class LinearRegression:
-    """Squared error of a linear model, in NumPy. Weights beyond its own count a little, so that all matter."""
+    """Squared error of a linear model, in NumPy. Weights beyond its own count a little: all matter."""
 
     def __init__(self, features=5, initial=0.25, names=("weight", "bias"), shapes=None, frozen=""):
         self.features, self.initial = features, initial
@@ -127,16 +127,20 @@ class _Held(Endpoint):
             for at, its, moment in (json.loads(self._arms.read_text()) if self._arms.exists() else ())
             if its == stage and at in (None, round_)
         }
-        if "flipped" in armed:  # a bit of its memory
-            weights = self._holding.weights
-            weights.setflags(write=True)
-            weights.view(np.uint32)[len(weights) // 2] ^= 1 << 20
-            weights.setflags(write=False)
+        if "forgotten" in armed:
+            self._holding = None
+            self.hold(stage, "forgotten")
+        for moment in armed & {"flipped", "remembered"}:
+            held = self._holding
+            row = held.weights if moment == "flipped" else held.state.arrays["mean"]
+            row.setflags(write=True)
+            row.view(np.uint32)[len(row) // 2] ^= 1 << 20
+            row.setflags(write=False)
+            self.hold(stage, moment)
         if "before" in armed:
             self.hold(stage, "before")
-        self.client.runtime.measuring = lambda: (
-            self.hold(stage, "measuring") if "measuring" in armed else None
-        )
+        measuring = "measuring" in armed
+        self.client.runtime.measuring = lambda: self.hold(stage, "measuring") if measuring else None
         reply = super().handle(data)
         if "after" in armed:
             self.hold(stage, "after")
@@ -191,7 +195,7 @@ class Device:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "BAFFLE_KERNELS": "0"},
                 )
         threading.Thread(target=self._watch, args=(self.process,), daemon=True).start()
         return self.there() if wait else self
@@ -257,7 +261,8 @@ class Device:
             if self.process is None:
                 return
             self._ready.clear()
-            os.kill(self.process.pid, number)
+            if self.process.poll() is None:
+                os.kill(self.process.pid, number)
             self.process.wait(60)
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
@@ -412,7 +417,7 @@ def framed(data):
 
 
 class Liar:
-    """Stands at a client's socket. ``lie(envelope, forward)`` gives the bytes to write there, or rows of them.
+    """Stands at a client's socket. ``lie(envelope, forward)`` gives the bytes to write there, or many such.
 
     ``forward(envelope)`` asks the true device, which listens elsewhere meanwhile.
     """
