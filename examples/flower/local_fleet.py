@@ -46,6 +46,8 @@ from baffle.config import TrainConfig, read_toml
 APP = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
 HOST = "127.0.0.1"
+LAPSE = 75.0  # seconds until a node that was killed counts as gone: two heartbeats of 30 s, and some
+RETRY = 5.0
 SUPERLINK = "local"  # the connection's name in Flower's own config file
 
 
@@ -59,6 +61,9 @@ class Fleet:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder, self.names = folder.resolve(), list(names)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._ports: dict[str, int] = {}  # of SuperNodes' Runtime APIs
+        self._started: dict[str, float] = {}  # when SuperNodes were started last, ...
+        self._refused: dict[str, float] = {}  # ... and since when they end at once
         for part in ("logs", "keys", "home", "sockets"):
             (self.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
         self.port = _free_port()
@@ -119,8 +124,14 @@ class Fleet:
 
     def node(self, name: str) -> None:
         """A SuperNode with its own key, and the executor that runs its ClientApps."""
-        port = _free_port()
         self._make_node_key(name)
+        self._ports[name] = _free_port()
+        self.supernode(name)
+        self._executor(f"node-{name}", self._ports[name])
+
+    def supernode(self, name: str) -> None:
+        """The SuperNode alone: once more, after its end."""
+        self._started[name] = time.monotonic()
         self._start(
             f"node-{name}",
             *("flower-supernode", "--superlink", f"{HOST}:{self.port}"),
@@ -128,9 +139,8 @@ class Fleet:
             *("--auth-supernode-private-key", str(self._key(name))),
             *("--node-config", f'device="{self.socket(name)}"'),
             *("--isolation", "process", *self._executor_secret()),
-            *("--host", HOST, "--port", str(port), *self._tls_server()),
+            *("--host", HOST, "--port", str(self._ports[name]), *self._tls_server()),
         )
-        self._executor(f"node-{name}", port)
 
     def device(self, name: str, config: Path, *options: str) -> None:
         """The process that holds a client's data, keys and state; call ``ready`` before it is asked."""
@@ -234,10 +244,24 @@ class Fleet:
         return said
 
     def check(self) -> None:
-        """FleetError where a process that should run has ended by itself."""
-        for who, process in self.processes.items():
-            if process.poll() is not None:
+        """FleetError where a process that should run has ended by itself. SuperNodes are started again.
+
+        That is as a supervisor must do it: a node that was killed is taken for connected for a minute, and
+        until then Flower refuses whoever comes with its key.
+        """
+        for who, process in list(self.processes.items()):
+            if process.poll() is None:
+                continue
+            name = who.removeprefix("node-")
+            if name == who or not self._key(f"{name}.registered").exists():
                 raise FleetError(f"{who} ended with {process.returncode}: {self._tail(who)}")
+            now = time.monotonic()
+            if now - self._started[name] > LAPSE:  # it ran
+                self._refused.pop(name, None)
+            if now - self._refused.setdefault(name, now) > LAPSE:
+                raise FleetError(f"{who} does not come back: {self._tail(who)}")
+            if now - self._started[name] > RETRY:
+                self.supernode(name)
 
     # -- processes --------------------------------------------------------------------------------
 
@@ -251,18 +275,27 @@ class Fleet:
             os.killpg(process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Ends everything: politely, and after five seconds by force."""
-        for process in self.processes.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        until = time.monotonic() + 5
-        for process in self.processes.values():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(until - time.monotonic(), 0.01))
-        for process in self.processes.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        """Ends everything: politely, and after five seconds by force.
+
+        The ServerApp first, which would find its nodes gone; then these, since one that cannot say goodbye to
+        the SuperLink is not let in again for a minute.
+        """
+        server, nodes = (
+            {who: process for who, process in self.processes.items() if who.startswith(which)}
+            for which in ("executor-superlink", "node-")
+        )
+        for group in (server, nodes, self.processes):
+            for process in group.values():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+            until = time.monotonic() + 5
+            for process in group.values():
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(until - time.monotonic(), 0.01))
+            for process in group.values():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         self.processes.clear()
 
     def log(self, who: str) -> Path:
