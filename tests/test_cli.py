@@ -41,12 +41,12 @@ LONG = [*TINY, "--rounds", "60", "--evaluate-every", "20", "--checkpoint-every",
 TIMES = ("seconds", "elapsed")
 ROUND_KEYS = {
     *("round", "fidelity", "loss", "participants", "dropped", "forward_passes"),
-    *("bytes_down", "bytes_up", *TIMES),
+    *("bytes_down", "bytes_up", "stages", *TIMES),
 }
 LOOK_KEYS = {"test_accuracy", "test_loss", "ema_accuracy", "ema_loss"}
 FILES = {
     *("config.toml", "environment.json", "metrics.jsonl", "checkpoint.safetensors", "rounds.log"),
-    *("start.safetensors", "weights.safetensors", "curves.png"),
+    *("start.safetensors", "weights.safetensors", "curves.png", "events.jsonl"),
 }
 
 
@@ -90,6 +90,9 @@ def wait_for(process, condition):
 
 def rows_of(path, without=TIMES):
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows if without else []:
+        for stage in row["stages"].values():
+            del stage["seconds"]
     return [{key: value for key, value in row.items() if key not in without} for row in rows]
 
 
@@ -252,7 +255,7 @@ def test_a_live_line_on_a_terminal(tmp_path):
     last = shown.rstrip().split("\r")[-1]
     assert last.startswith("100%|")
     assert re.search(
-        r"3/3 \[.*, loss [\d.]+ acc 0\.\d+ ema 0\.\d+ [\d,]+ fwd/s up 666 B down 616.6 kB\]", last
+        r"3/3 \[.*, loss [\d.]+ acc 0\.\d+ ema 0\.\d+ [\d,]+ fwd/s up 909 B down 616.9 kB\]", last
     )
 
 
@@ -810,7 +813,7 @@ def test_a_cuda_device_beyond_the_last(place, monkeypatch):
 
 
 def test_what_does_not_fit_into_memory(place, monkeypatch):
-    def short(*_):
+    def short(*_, **__):
         raise MemoryError("Unable to allocate 9 GiB")
 
     monkeypatch.setattr(training, "build", short)

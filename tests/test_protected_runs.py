@@ -80,6 +80,9 @@ def train(path, stop=lambda: False, **settings):
 
 def rows_of(path):
     rows = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for stage in row["stages"].values():
+            del stage["seconds"]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
