@@ -248,7 +248,7 @@ class Site:
 
     def __init__(self) -> None:
         self._process = secrets.token_hex(8)  # a request is for the process that was there, not for the next
-        self._device: _Device | None = None
+        self._device: Device | None = None
         self._why = "the device is not ready yet"
 
     @collab.init
@@ -282,7 +282,9 @@ class Site:
         return self._process if self._device is not None and self._device.is_there() else ""
 
 
-class _Device:
+class Device:
+    """What a site brings envelopes to: a client that is always there."""
+
     def handle(self, envelope: bytes, seconds: float) -> bytes:
         raise NotImplementedError
 
@@ -290,7 +292,7 @@ class _Device:
         return True
 
 
-class _Socket(_Device):
+class _Socket(Device):
     """A ``baffle device``: data, keys and state in a process that FLARE has nothing to do with."""
 
     def __init__(self, path: Path) -> None:
@@ -304,7 +306,7 @@ class _Socket(_Device):
             return probe.connect_ex(str(self._path)) == 0
 
 
-class _Within(_Device):
+class _Within(Device):
     """A client in this process: what it holds in memory goes when FLARE's process does."""
 
     def __init__(self, name: str, given: Mapping[str, Path]) -> None:
