@@ -223,10 +223,12 @@ def _driver(options: argparse.Namespace, config: TrainConfig | None) -> Driver |
     if options.devices is None:
         return None
     from baffle.device import Sockets
+    from baffle.runs import RunFolder
 
     if not options.devices.is_dir():
         raise ConfigError(f"{options.devices} is no folder: devices listen in one (baffle device --listen)")
-    return Sockets(options.devices, least=1 if config is None else config.clients)
+    settings = config or RunFolder.open(options.resume).config()
+    return Sockets(options.devices, least=settings.clients)
 
 
 def _summary(run: RunFolder) -> str:

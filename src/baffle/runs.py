@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,13 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise ConfigError(f"cannot make the folder {path}: {error.strerror}") from error
-        folder = cls(path)
-        write_atomically(path / "environment.json", json.dumps(environment(), indent=1).encode())
-        write_atomically(path / "config.toml", config.to_toml().encode())
-        return folder
+        try:
+            write_atomically(path / "environment.json", json.dumps(environment(), indent=1).encode())
+            write_atomically(path / "config.toml", config.to_toml().encode())
+        except CheckpointError:  # without a config, nobody could go on with it
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
