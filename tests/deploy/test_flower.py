@@ -111,20 +111,28 @@ def test_plain_sums_with_drops(fleet):
     assert_same_bits(run, in_one_process(config))
 
 
-def test_a_killed_device_is_a_named_dropout_and_comes_back(fleet):
-    config = dataclasses.replace(CONFIG, rounds=7)
+def test_a_killed_device_and_a_killed_node_are_named_and_come_back(fleet):
+    config = dataclasses.replace(CONFIG, rounds=8, deadline=30.0)
     run = fleet.submit(fleet.settings(config, "kill"))
     until(lambda: len(rows(fleet, "kill")) >= 1, "first round")
-    fleet.kill("device-client-001")  # SIGKILL: its socket stays behind
-    until(lambda: any(row["dropped"] for row in rows(fleet, "kill")), "round without it")
+    for who in ("device-client-001", "node-client-002"):  # SIGKILL: a socket stays behind, and a node's word
+        fleet.kill(who)
+    until(lambda: any(row["dropped"] for row in rows(fleet, "kill")), "round without them")
     fleet.device("client-001", fleet.folder / "federation.toml")
+    fleet.supernode("client-002")  # refused, and started again by the fleet, until its old self has lapsed
     folder = finish(fleet, run, "kill")
 
-    found = [e for e in events.reading(folder.events) if e["event"] == "dropout"]
-    assert found
-    assert {(e["client"], e["reason"]) for e in found} == {("client-001", "gone")}
-    assert folder.metrics()[-1]["dropped"] == 0
-    assert_same_bits(folder, in_one_process(config, {(e["round"], e["client"]) for e in found}))
+    said = list(events.reading(folder.events))
+    found = [e for e in said if e["event"] == "dropout"]
+    reasons = {(e["client"], e["reason"]) for e in found}
+    assert ("client-001", "gone") in reasons
+    assert reasons & {("client-002", "late"), ("client-002", "gone")}
+    assert sum(e["event"] == "client-came" and e["client"] == "client-002" for e in said) == 2
+    assert (folder.metrics()[-1]["participants"], folder.metrics()[-1]["dropped"]) == (4, 0)
+    missing = {(e["round"], e["client"]) for e in found}
+    assert {e["client"] for e in said if e["event"] == "client-gone"} == {"client-002"}
+    missing |= {(row["round"], "client-002") for row in folder.metrics() if row["participants"] == 3}
+    assert_same_bits(folder, in_one_process(config, missing))
 
 
 def test_an_unknown_key_is_refused(fleet):
