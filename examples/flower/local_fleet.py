@@ -27,6 +27,7 @@ import os
 import secrets
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from baffle.config import TrainConfig, read_toml
+from baffle.runs import RunFolder
 
 APP = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
@@ -476,7 +478,20 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 1
     print(f"{status} {details}; logs: {fleet.folder / 'logs'}")
-    return 0 if status == "finished:completed" else 1
+    if status != "finished:completed":
+        return 1
+    for stage, seconds in stage_seconds(fleet.folder / "run").items():
+        print(f"stage {stage:10s} {seconds:6.1f} s (median)")
+    return 0
+
+
+def stage_seconds(run: Path) -> dict[str, float]:
+    """The median over a run's rounds of what each stage took."""
+    seconds: dict[str, list[float]] = {}
+    for row in RunFolder.open(run).metrics():
+        for stage, cost in row["stages"].items():
+            seconds.setdefault(stage, []).append(cost["seconds"])
+    return {stage: statistics.median(values) for stage, values in seconds.items()}
 
 
 def job(fleet: Fleet, config: TrainConfig, resume: bool = False, show: bool = True) -> tuple[str, str]:
