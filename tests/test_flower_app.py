@@ -1,4 +1,4 @@
-"""The Flower app's run config: Flower lets nobody set a key that is not there. No Flower is needed to look."""
+"""The Flower app's run config: a key that is not there nobody can set. Needs no Flower."""
 
 import dataclasses
 import tomllib
