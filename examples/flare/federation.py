@@ -121,6 +121,13 @@ class Federation:
             self._session = new_secure_session(ADMIN, str(self.kit(ADMIN)), timeout=60.0)
         return self._session
 
+    def disconnect(self) -> None:
+        """Of the session alone: the next is with a server that has started again."""
+        if self._session is not None:
+            with contextlib.suppress(Exception):
+                self._session.close()
+            self._session = None
+
     def submit(self, run: str, timeout: float = 120.0) -> str:
         """Once all sites are there: FLARE gives a job to those, and to none that comes later."""
         job = write_job(self.folder / "jobs" / f"{run}-{secrets.token_hex(3)}", self.settings, run)
@@ -160,10 +167,7 @@ class Federation:
 
     def end(self) -> None:
         """Until nothing of this federation is left."""
-        if self._session is not None:
-            with contextlib.suppress(Exception):
-                self._session.close()
-            self._session = None
+        self.disconnect()
         self._sweeper.communicate(timeout=60)
         for process in self._started:
             process.wait(timeout=10)

@@ -14,13 +14,14 @@ FLARE ends a job when one site's process dies, and starts nothing again on a sit
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import json
 import os
 import queue
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 import tomllib
@@ -32,7 +33,7 @@ from baffle import events
 from baffle.config import TrainConfig, read_toml
 from baffle.device import relay
 from baffle.endpoint import Endpoint
-from baffle.errors import ConfigError, DataError, DeliveryError, MissingExtraError
+from baffle.errors import BaffleError, ConfigError, DataError, DeliveryError, MissingExtraError
 from baffle.federation import Outcome, in_order
 
 try:
@@ -490,8 +491,8 @@ def prepare(kit: Path, own: Mapping[str, str]) -> None:
     """Writes ``local/`` of a start-up kit that ``nvflare provision`` made: a server's, or a site's.
 
     ``own`` goes into ``baffle.toml``. For a job, the kit's machine then runs classes of this module and of
-    FLARE's Collab runtime, and no code that comes with it; logs stay where they are; what a server stores is
-    in its kit. Raises DataError for a folder that is no kit.
+    FLARE's Collab runtime, and no code that comes with it; logs stay where they are, and administrators read
+    no files of its; what a server stores is in its kit. Raises DataError for a folder that is no kit.
     """
     local = kit / "local"
     try:
@@ -510,15 +511,50 @@ def prepare(kit: Path, own: Mapping[str, str]) -> None:
     text = json.dumps(resources, indent=1).replace('"/tmp/nvflare/', f'"{kit.resolve()}/store/')
     rights = json.loads((local / "authorization.json.default").read_text())
     for role, granted in rights["permissions"].items():
-        if granted == "any":  # all rights, one by one, so that one can be left out
-            rights["permissions"][role] = dict.fromkeys(_RIGHTS, "any")
-        if rights["permissions"][role].get("byoc"):
-            rights["permissions"][role]["byoc"] = "none"
+        each = dict.fromkeys(_RIGHTS, "any") if granted == "any" else granted
+        rights["permissions"][role] = each | dict.fromkeys(_NOBODYS, "none")
     (local / "resources.json").write_text(text)
     (local / "authorization.json").write_text(json.dumps(rights, indent=1))
-    with contextlib.suppress(FileNotFoundError):
-        (local / SETTINGS).unlink()
-    (local / SETTINGS).write_text("".join(f"{name} = {json.dumps(path)}\n" for name, path in own.items()))
+    (local / SETTINGS).write_text(
+        "".join(f"{name} = {json.dumps(path, ensure_ascii=False)}\n" for name, path in own.items()), "utf-8"
+    )
 
 
-_RIGHTS = ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate", "shell_commands")
+_OWN = ("runs", "socket", "config", "identity", "ledger")
+_RIGHTS = ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate")
+_NOBODYS = ("byoc", "shell_commands", "server-predeployed-flwr")  # code in jobs; ls, cat and the like
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m baffle.flare``: ``prepare`` and ``write_job`` for a shell."""
+    top = argparse.ArgumentParser(prog="python -m baffle.flare", description="FLARE kits and jobs")
+    commands = top.add_subparsers(dest="command", required=True)
+    kit = commands.add_parser(
+        "kit", help="make a start-up kit ready for its machine: a server's, or a site's"
+    )
+    kit.add_argument("kit", type=Path, help="the folder that nvflare provision made")
+    kit.add_argument("--runs", help="server: folder of run folders")
+    kit.add_argument("--socket", help="site: where baffle device listens")
+    kit.add_argument("--config", help="site without one: settings, for a client in FLARE's process")
+    kit.add_argument("--identity", help="with --config, for secure sums: its key")
+    kit.add_argument("--ledger", help="with --config, for secure sums: what it answered")
+    job = commands.add_parser("job", help="write a job for nvflare job submit")
+    job.add_argument("folder", type=Path, help="where; must not be there")
+    job.add_argument("--config", type=Path, required=True, help="TOML file of settings, as of baffle train")
+    job.add_argument("--run", required=True, help="name of the run folder on the server")
+    given = top.parse_args(arguments)
+    try:
+        if given.command == "job":
+            print(write_job(given.folder, given.config, given.run))
+        else:
+            own = {key: str(Path(path).resolve()) for key in _OWN if (path := getattr(given, key))}
+            prepare(given.kit, own)
+            print(given.kit / "local" / SETTINGS)
+    except BaffleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,8 @@ import shutil
 import socket
 import ssl
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,11 @@ pytest.importorskip("nvflare")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "flare"))
 
 from federation import Federation, kit, provision
+from nvflare.collab.api.exceptions import CollabCallError, RunAborted
 
 from baffle.checkpoint import load_checkpoint
-from baffle.flare import settings_of
+from baffle.errors import ConfigError, DataError, DeliveryError
+from baffle.flare import FlareDriver, prepare, settings_of, write_job
 from baffle.job import build
 from baffle.runs import RunFolder
 from baffle.simulation import simulate
@@ -129,6 +133,176 @@ def test_a_site_that_dies_is_left_out_and_comes_back(tmp_path):
         row = rows[record.round]
         assert 4 - record.dropped == row["participants"] - row["dropped"]
     np.testing.assert_array_equal(reference.server.weights, interrupted.server.weights)
+
+
+def test_a_server_that_dies_goes_on_from_its_checkpoint(tmp_path):
+    """Killed in a round, with its job; the same run is submitted again. Before, a job that brings code."""
+    path = settings(tmp_path, clients=2, rounds=150, evaluate_every=50, checkpoint_every=7)
+    with Federation(tmp_path / "flare", path, within=True) as federation:
+        code_is_refused(federation, tmp_path)
+        federation.submit("a")
+        federation.wait(lambda: done(federation.runs / "a") > 20, 90, "some rounds")
+        assert federation.kill("nvflare.private", "localhost") >= 2
+        federation.disconnect()
+        before = done(federation.runs / "a")
+        assert 20 < before < 150
+        run = trained(federation, "a")
+    resumed = [event["round"] for event in events(run.path) if event["event"] == "resume"]
+    assert resumed == [before // 7 * 7] or resumed == [(before + 1) // 7 * 7]
+    same_weights(run, train(settings_of(path), tmp_path / "simulated", lambda _: None))
+
+
+def code_is_refused(federation: Federation, folder: Path) -> None:
+    """By the server first, and its sites say the same; what components a job may name is in a list."""
+    federation.session()
+    federation.wait(lambda: federation.connected() == set(federation.names), 60, "all sites")
+    job, witness = write_job(folder / "job", federation.settings, "b"), folder / "witness"
+    (job / "app" / "custom").mkdir()
+    (job / "app" / "custom" / "stray.py").write_text(
+        f"open({str(witness)!r}, 'w').close()\nfrom baffle.flare import Site, Training\n"
+    )
+    for end in ("server", "client"):
+        config = job / "app" / "config" / f"config_fed_{end}.json"
+        config.write_text(config.read_text().replace("baffle.flare.Training", "stray.Training"))
+        config.write_text(config.read_text().replace('baffle.flare.Site"', 'stray.Site"'))
+    shipped = federation.session().submit_job(str(job))
+    assert federation.finish(shipped, 60) == "FINISHED:FAILED_TO_RUN"
+    assert "server: BYOC not permitted" in federation.session().get_job_meta(shipped)["job_deploy_detail"]
+    shutil.rmtree(job / "app" / "custom")  # the same, of a module that would have to be there
+    assert federation.finish(federation.session().submit_job(str(job)), 60) != "FINISHED:COMPLETED"
+    assert "'stray.Training' at config path" in federation.log("server").read_text()
+    for name in federation.names:
+        granted = json.loads((federation.kit(name) / "local" / "authorization.json").read_text())
+        assert {rights.get("byoc", "none") for rights in granted["permissions"].values()} == {"none"}
+    assert not witness.exists()
+
+
+# -- the driver alone, with sites that are made up --------------------------------------------------
+
+
+class Made:
+    """Stands for Collab's proxy of a site."""
+
+    def __init__(self, reply=lambda envelope: envelope[::-1], mark="1"):
+        self.reply, self.mark, self.calls = reply, mark, 0
+
+    def __call__(self, timeout):
+        return self
+
+    def exchange(self, envelope, seconds, process):
+        self.calls += 1
+        assert process == self.mark
+        reply = self.reply(envelope)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def here(self):
+        return self.mark
+
+
+def driver(sites, **more):
+    found = FlareDriver(sites, least=len(sites), pulse=0.05, silence=0.05, **more)
+    assert found.names() == sorted(sites)
+    return found
+
+
+def asked(of: FlareDriver, names) -> list:
+    return list(of.ask("answer", {name: name.encode() for name in names}, 5.0))
+
+
+@pytest.mark.slice
+def test_replies_come_in_order_whoever_is_first():
+    def slow(envelope):
+        time.sleep(0.1)
+        return b"slow"
+
+    sites = {"b": Made(), "a": Made(slow), "c": Made()}
+    assert asked(driver(sites), sites) == [("a", b"slow"), ("b", b"b"), ("c", b"c")]
+    assert [site.calls for site in sites.values()] == [1, 1, 1]
+
+
+@pytest.mark.slice
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (CollabCallError("a", "exchange", TimeoutError("out of time")), "late"),
+        (CollabCallError("a", "exchange", "no reply", cause_type="TimeoutError"), "late"),
+        (CollabCallError("a", "exchange", "no device", cause_type="ConnectionError"), "gone"),
+        (ValueError("of the transport"), "gone"),
+        ("text", "malformed"),
+    ],
+)
+def test_what_goes_wrong_is_named(error, reason):
+    sites = {"a": Made(lambda _: error), "b": Made()}
+    (_, outcome), other = asked(driver(sites), sites)
+    assert isinstance(outcome, DeliveryError)
+    assert (outcome.reason, other) == (reason, ("b", b"b"))
+
+
+@pytest.mark.slice
+@pytest.mark.parametrize("mark", ["", "2"])
+def test_a_request_to_a_process_that_has_ended_is_not_waited_for(mark):
+    """Nobody answers any more, or the site's next process does: the request is lost before its deadline."""
+    ended = threading.Event()
+
+    def dies(envelope):
+        sites["a"].mark = mark
+        ended.wait(30)
+        return b"too late"
+
+    sites = {"a": Made(dies), "b": Made()}
+    found = driver(sites)
+    started = time.monotonic()
+    (_, outcome), _ = asked(found, sites)
+    assert isinstance(outcome, DeliveryError)
+    assert outcome.reason == "gone"
+    assert time.monotonic() - started < 4
+    sites["a"].reply = lambda envelope: b"again"
+    if not mark:
+        assert found.names() == ["b"]
+        sites["a"].mark = "3"
+    until = time.monotonic() + 10
+    while found.names() != ["a", "b"] and time.monotonic() < until:
+        time.sleep(0.01)
+    assert asked(found, sites) == [("a", b"again"), ("b", b"b")]
+    ended.set()
+
+
+@pytest.mark.slice
+def test_an_aborted_job_ends_what_waits():
+    ended, over = threading.Event(), threading.Event()
+
+    def slow(envelope):
+        over.set()
+        ended.wait(30)
+        return b""
+
+    with pytest.raises(RunAborted):
+        asked(driver({"a": Made(slow)}, over=over.is_set), ["a"])
+    ended.set()
+
+
+@pytest.mark.slice
+def test_a_job_holds_no_code(tmp_path):
+    path = settings(tmp_path, rounds=3)
+    job = write_job(tmp_path / "job", path, "a")
+    files = sorted(str(file.relative_to(job)) for file in job.rglob("*") if file.is_file())
+    config = "app/config"
+    assert files == [
+        f"{config}/config_fed_client.json",
+        f"{config}/config_fed_server.json",
+        f"{config}/federation.toml",
+        "meta.json",
+    ]
+    assert settings_of(job / config / "federation.toml") == settings_of(path)
+    with pytest.raises(ConfigError, match="name of letters"):
+        write_job(tmp_path / "other", path, "../a")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(DataError, match="cannot write the job"):
+        write_job(tmp_path / "job", path, "a")
+    with pytest.raises(DataError, match="no start-up kit"):
+        prepare(tmp_path, {"socket": "a"})
 
 
 def only_certified_sites_are_let_in(federation: Federation, folder: Path) -> None:
