@@ -244,7 +244,7 @@ def figures(folder: RunFolder) -> Row:
 def measure(cell: Cell) -> Row:
     with tempfile.TemporaryDirectory(prefix="b-") as folder:  # short: sockets lie in it
         found = figures(run(cell, Path(folder)))
-    return {**found, "machine": machine(), "commit": commit(), "load": round(os.getloadavg()[0], 1)}
+    return {**found, "commit": commit(), "load": round(os.getloadavg()[0], 1)}
 
 
 HEADS = (
@@ -305,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         print(name_of(cell), flush=True)
         result["cells"][name_of(cell)] = measure(cell)
+        result["printed_on"] = machine()
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     for row in (HEADS, *rows(result)):
         print(

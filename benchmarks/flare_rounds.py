@@ -129,7 +129,7 @@ def main() -> int:
             done(sites, pairs(sites, out))
             figures |= json.loads(out.read_text())
     show(figures)
-    kept = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": environment(), **figures}
+    kept = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "printed_on": environment(), **figures}
     RESULT.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
 

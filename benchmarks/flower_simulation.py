@@ -95,7 +95,7 @@ def main() -> None:
         )
     where = environment()
     where["versions"] |= {name: metadata.version(name) for name in ("flwr", "ray")}
-    RESULT.write_text(json.dumps({"environment": where, "config": BASE.to_toml(), "rows": rows}, indent=1))
+    RESULT.write_text(json.dumps({"printed_on": where, "config": BASE.to_toml(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

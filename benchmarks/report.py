@@ -351,7 +351,7 @@ def traffic(result: Row) -> list[str]:
         *table(bytes_of.HEADS, bytes_of.rows(result)),
         "",
         f"Bytes of whole messages per round and client, K = {result['K']}, {result['clients']} clients, all "
-        f"of which answer. `make traffic`. {machine(result)}",
+        f"of which answer. `make traffic`. {machine({'machine': result['printed_on']})}",
     ]
 
 
@@ -364,8 +364,56 @@ def deployment(result: Row) -> list[str]:
         "",
         "digits, MLP, K = 500, one sample a measurement. kB: per round and client. Lost: answers, in all. "
         f"`make deployment`. Commits: {commits}. Load average after a cell: {min(loads)} to {max(loads)}. "
-        f"{machine(measured[0])}",
+        f"{machine({'machine': result['printed_on']})}",
     ]
+
+
+def flower_simulation(result: Row) -> list[str]:
+    rows = [
+        (
+            row["clients"],
+            f"{row['ours']:.3g}",
+            f"{row['flower']:.3g}",
+            f"{row['ratio']:.2f}",
+            f"{row['flower_whole_run']:.0f}",
+            "yes" if row["same_weights"] else "no",
+        )
+        for row in result["rows"]
+    ]
+    heads = (
+        "clients",
+        "simulate, s a round",
+        "Flower and Ray, s a round",
+        "ratio",
+        "whole Flower run, s",
+        "same bits",
+    )
+    note = "digits, MLP, K = 100. `python benchmarks/flower_simulation.py`."
+    return [*table(heads, rows), "", f"{note} {machine({'machine': result['printed_on']})}"]
+
+
+def flare_rounds(result: Row) -> list[str]:
+    rows = [
+        ("the same bytes by the bare Collab API", f"{result['bare']:.3g}", "1"),
+        (
+            "as envelopes and replies through FlareDriver",
+            f"{result['exchange']:.3g}",
+            f"{result['exchange'] / result['bare']:.2f}",
+        ),
+        (
+            "with the engine: plan, sum, gradient, step",
+            f"{result['round']:.3g}",
+            f"{result['round'] / result['bare']:.2f}",
+        ),
+        ("the job itself, sites that measure", f"{result['training']:.3g}", ""),
+        ("the same job in one process", f"{result['simulate']:.3g}", ""),
+    ]
+    note = (
+        f"Four sites, LeNet on digits, K = 500: {result['bytes_down']:,} bytes down, "
+        f"{result['bytes_up']:,} up; medians. `python benchmarks/flare_rounds.py`."
+    )
+    heads = ("a round", "seconds", "of the bare one")
+    return [*table(heads, rows), "", f"{note} {machine({'machine': result['printed_on']})}"]
 
 
 def leakage(make: Callable[[Row], tables.Table]) -> Callable[[Row], list[str]]:
@@ -413,6 +461,8 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "secagg:aims": secagg_aims,
     "traffic": traffic,
     "deployment": deployment,
+    "flower_simulation": flower_simulation,
+    "flare_rounds": flare_rounds,
     "secagg:parameters": secagg_parameters,
     "privacy-cost": privacy_cost,
     **{name: leakage(make) for name, make in tables.TABLES.items()},

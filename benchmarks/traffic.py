@@ -173,7 +173,7 @@ def main() -> int:
         result = json.loads(RESULT.read_text())
     else:
         result = {"K": K, "clients": CLIENTS, "cells": cells(["LeNet"] if options.quick else MODELS)}
-        result["machine"] = machine()
+        result["printed_on"] = machine()
         if not options.quick:
             RESULT.write_text(json.dumps(result, indent=1) + "\n")
     for row in (HEADS, *rows(result)):

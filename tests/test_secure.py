@@ -193,7 +193,7 @@ def test_a_secure_aggregator_names_what_it_cannot_serve():
         SecureSum(ROSTER, terms(), job=b"job")
     with pytest.raises(ConfigError, match="the terms have room for 7"):
         SecureSum(ROSTER, terms(cohort=7)).open(plan, list(SIZES))
-    with pytest.raises(AggregationError, match="2 clients are there: .* fewer than 3 protects nobody"):
+    with pytest.raises(AggregationError, match=r"2 clients are there: .* fewer than 3 protects nobody"):
         next(SecureSum(ROSTER, terms()).open(plan, ["c0", "c1"]).stages())
     with pytest.raises(ConfigError, match="fewer than 3 protects nobody"):
         next(SecureSum(ROSTER, terms(cohort=2)).open(plan, ["c0", "c1"]).stages())
