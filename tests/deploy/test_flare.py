@@ -5,6 +5,7 @@ The oracle is the same job in one process. Whatever is killed, the sums are thos
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import socket
@@ -31,12 +32,15 @@ from baffle.runs import RunFolder
 from baffle.simulation import simulate
 from baffle.training import train
 
-# FLARE's own: files and sockets that it leaves to the collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+# FLARE's own: sockets that it leaves to the collector, which is called while this holds.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    yield
+    gc.collect()
+
 
 BASE = {"data": "digits", "model": "mlp", "clients": 4, "threads": 1, "directions": 20}
 
