@@ -417,6 +417,32 @@ def test_a_client_of_another_model_is_left_out_and_the_rest_go_on(weights):
     weights.round()
 
 
+CLAIMS = {
+    "the-plan's-own": lambda plan: (plan.round, plan.weights_digest),
+    "of-the-last-round": lambda plan: (plan.round - 1, plan.weights_digest),
+    "of-the-future": lambda plan: (1 << 63, bytes(32)),
+    "of-the-past": lambda plan: (0, bytes(32)),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_who_says_forever_that_it_holds_other_weights(weights, claim):
+    others = [name for name in FEW if name != VICTIM]
+
+    def lie(envelope, forward):
+        e = Envelope.decode(envelope)
+        held = struct.pack("<Q32s", *CLAIMS[claim](baffle.RoundPlan.decode(e.plan)))
+        return framed(Reply(e.ticket(VICTIM), "digest", held).encode())
+
+    weights.round()
+    with lying(weights.fleet, VICTIM, lie):
+        for _ in range(2):
+            out = weights.round(others)
+            assert out.dropout(VICTIM).reason == "digest"
+            assert len(out.seen_of(VICTIM)) <= 2  # it is not helped without end
+    assert caught_up(weights.round()) in ([], [VICTIM])
+
+
 # -- messages that are not as they were sent ---------------------------------------------------------------
 
 
@@ -513,6 +539,27 @@ def test_an_envelope_twice_counts_once(in_the_clear):
 
     with lying(in_the_clear.fleet, VICTIM, twice):
         in_the_clear.assert_sum_of(in_the_clear.round(), NAMES)
+
+
+def test_an_envelope_twice_in_a_secure_sum(secure):
+    """A second offer makes other keys than the first reply announced. All else is answered once."""
+    refused = []
+
+    def twice(envelope, forward):
+        first, second = forward(envelope), Reply.decode(forward(envelope))
+        stage = Envelope.decode(envelope).stage
+        if stage not in ("advertise", "share"):
+            refused.append((stage, second.status))
+        return framed(first)
+
+    secure.assert_goes_on()
+    with lying(secure.fleet, VICTIM, twice):
+        secure.assert_sum_of(secure.round(), NAMES)
+        assert refused == [("answer", "refused"), ("unmask", "refused")]
+        third = secure.round()
+        assert (third.record.stages[0].name, third.dropout(VICTIM).reason) == ("advertise", "refused")
+        secure.assert_sum_of(third, OTHERS)
+    secure.assert_goes_on()
 
 
 def test_an_older_reply_is_found(world):

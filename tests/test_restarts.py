@@ -278,6 +278,10 @@ def test_a_server_that_is_killed_at_any_point_ends_with_the_same_bits(
     for moment, round_ in KILLS:
         killed(servers, fleet, command, moment, round_)
         command = ["train", "--devices", str(fleet.folder), "--resume", str(path)]
+        if (moment, round_) == ("waiting", 6):  # and with it the machine, say
+            for each in fleet.values():
+                each.kill()
+            fleet.ready()
     servers.start(*command)
     assert servers.ended() == 0, servers.text()
     rows = assert_ended_like(in_one_process(config_of(**settings), model), path)
@@ -366,11 +370,14 @@ def disk():
         made.end()
 
 
-@pytest.mark.parametrize("moment", ["logged", "summed"])
-def test_a_full_disk_ends_the_run_in_one_line_and_nothing_is_lost(servers, open_fleet, model, disk, moment):
+# The checkpoint, the metrics, the scalar log, the final weights.
+@pytest.mark.parametrize(("moment", "at"), [("logged", 3), ("summed", 2), ("noted", 4), ("saved", 7)])
+def test_a_full_disk_ends_the_run_in_one_line_and_nothing_is_lost(
+    servers, open_fleet, model, disk, moment, at
+):
     fleet, path = open_fleet.ready(), disk.path / "run"
     command = ["train", "--devices", str(fleet.folder), "--run", str(path), *flags(SETTINGS)]
-    servers.start(*command, moment=moment, round=3)
+    servers.start(*command, moment=moment, round=at)
     servers.held()
     checkpoint = (path / "checkpoint.safetensors").read_bytes()
     disk.fill()

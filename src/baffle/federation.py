@@ -151,15 +151,16 @@ def run(
     finite.
     """
     strangers: set[str] = set()
+    members = None if names is None else frozenset(names)
     while server.round < rounds:
         started = time.perf_counter()
         present = driver.names()
-        if names is not None:
-            for name in sorted(set(present) - set(names) - strangers):
+        if members is not None:
+            for name in sorted(set(present) - members - strangers):
                 strangers.add(name)
                 text = "it is none of the federation's clients, and is not asked"
                 events.emit("unknown-client", text, level="warning", round=server.round, client=name)
-            present = [name for name in present if name in names]
+            present = [name for name in present if name in members]
         asked = server.cohort(present, None if cohort is None or cohort >= len(present) else cohort)
         yield _Round(server, driver, asked, deadline, drops, forgiving).record(started)
 
