@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import queue
 import re
@@ -59,6 +60,7 @@ _MARK = "baffle.running"  # in a job's folder at a site: its process was started
 _AGAIN = "BAFFLE_FLARE_AGAIN"  # in that process's environment: the job knows this site already
 _MOST_STARTS = 20  # of one job's process at one site
 _AS_LONG_AS_IT_TAKES = 1e6  # seconds
+_log = logging.getLogger("baffle")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -262,12 +264,17 @@ class Site:
             given = _own_settings(local, {"socket", "config", "identity", "ledger"})
             self._device = _Socket(given["socket"]) if "socket" in given else _Within(name, given)
         except Exception as error:
-            self._why = f"{type(error).__name__}: {error}"
-            events.emit("failed", self._why, level="error", client=name)
+            self._why = "the device could not be made: the site's log says why"
+            events.emit("failed", f"{type(error).__name__}: {error}", level="error", client=name)
 
     @collab.publish
     def exchange(self, envelope: bytes, seconds: float, process: str) -> bytes:
-        """The device's reply. Raises TimeoutError after ``seconds``, ConnectionError where no device is."""
+        """The device's reply. Raises TimeoutError after ``seconds``, ConnectionError where no device is.
+
+        Raises PermissionError for any but the server: Collab lets the sites of a job call each other.
+        """
+        if collab.caller != "server":
+            raise PermissionError("only the server asks a device")
         if self._device is None:
             raise ConnectionError(self._why)
         if process != self._process:
@@ -275,12 +282,17 @@ class Site:
         try:
             return self._device.handle(envelope, seconds)
         except DeliveryError as error:
-            raise (TimeoutError if error.reason == "late" else ConnectionError)(str(error)) from error
+            _log.warning("%s", error)  # it names paths, which are not the server's to know
+            kind, text = _TOLD.get(error.reason, (ConnectionError, "no device replies"))
+            raise kind(text) from None
 
     @collab.publish
     def here(self) -> str:
         """This process's mark, where its device could be asked now; it may be busy. No text otherwise."""
         return self._process if self._device is not None and self._device.is_there() else ""
+
+
+_TOLD = {"late": (TimeoutError, "the device did not reply in time")}
 
 
 class Device:

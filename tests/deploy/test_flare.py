@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,11 +23,12 @@ pytest.importorskip("nvflare")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "flare"))
 
 from federation import Federation, kit, provision
+from nvflare.collab.api.context import set_call_context
 from nvflare.collab.api.exceptions import CollabCallError, RunAborted
 
 from baffle.checkpoint import load_checkpoint
 from baffle.errors import ConfigError, DataError, DeliveryError
-from baffle.flare import FlareDriver, prepare, settings_of, write_job
+from baffle.flare import SETTINGS, FlareDriver, Site, prepare, settings_of, write_job
 from baffle.job import build
 from baffle.runs import RunFolder
 from baffle.simulation import simulate
@@ -285,6 +287,25 @@ def test_an_aborted_job_ends_what_waits():
     with pytest.raises(RunAborted):
         asked(driver({"a": Made(slow)}, over=over.is_set), ["a"])
     ended.set()
+
+
+@pytest.mark.slice
+def test_only_the_server_asks_a_device(tmp_path):
+    site = Site()
+    set_call_context(SimpleNamespace(caller="client-001"))
+    try:
+        with pytest.raises(PermissionError):
+            site.exchange(b"", 1.0, site.here())
+        set_call_context(SimpleNamespace(caller="server"))
+        with pytest.raises(ConnectionError, match="not ready"):
+            site.exchange(b"", 1.0, site.here())
+        (tmp_path / SETTINGS).write_text('socket = "a.sock"\n')
+        site._build("client-000", tmp_path)
+        with pytest.raises(ConnectionError, match="another"):
+            site.exchange(b"", 1.0, "of another process")
+        assert site.here() == ""  # nobody listens
+    finally:
+        set_call_context(None)
 
 
 @pytest.mark.slice
