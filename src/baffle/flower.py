@@ -301,7 +301,7 @@ def _main(grid: Grid, context: Context) -> None:
 
 def _train(grid: Grid, settings: Settings) -> None:
     from baffle import training
-    from baffle.job import build
+    from baffle.job import device_names
     from baffle.runs import RunFolder
 
     if not settings.run:
@@ -310,7 +310,7 @@ def _train(grid: Grid, settings: Settings) -> None:
     config = RunFolder.open(path).config() if settings.resume else settings.config
     driver = FlowerDriver(
         grid,
-        expected=build(config, devices=True).names,
+        expected=device_names(config),
         least=settings.least,
         patience=settings.patience,
         poll=settings.poll,

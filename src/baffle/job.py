@@ -129,6 +129,12 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
     return Job(config, server, clients, names, runtime, test_batches, rounds, drops, accountant)
 
 
+def device_names(config: TrainConfig) -> list[str]:
+    """Who the clients of ``build(config, devices=True)`` are, for a driver that is made before the job."""
+    train, _ = load_data(config)
+    return _names(config, train, _identities(config, train, True)[0])
+
+
 def build_client(
     config: TrainConfig, name: str, *, identity: Identity | None = None, ledger: Ledger | None = None
 ) -> Client:
