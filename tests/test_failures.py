@@ -4,7 +4,10 @@ Devices are processes (``tests/fleet.py``). Every sum that came out is compared,
 clients in it answer when they are asked alone, in this process. Secure sums at every stage: ``test_kill.py``.
 """
 
+import contextlib
+import itertools
 import random
+import socket
 import struct
 
 import numpy as np
@@ -266,6 +269,26 @@ def test_who_drips_bytes_does_not_hold_the_round_up(plain):
     plain.assert_sum_of(out, OTHERS)
     assert out.dropout(VICTIM).reason == "late"
     assert 0 < dripped < 1_000_000
+
+
+def test_a_deadline_holds_whatever_drips(monkeypatch):
+    """The same without a clock: a byte is always there, and a second passes with each."""
+    now = itertools.count()
+    monkeypatch.setattr(device.time, "monotonic", lambda: float(next(now)))
+    read = []
+
+    class Dripping:
+        def settimeout(self, seconds):
+            pass
+
+        def recv(self, most):
+            assert len(read) < 100
+            read.append(most)
+            return b"\x01"
+
+    with pytest.raises(TimeoutError):
+        device._exactly(Dripping(), 1000, 20.0)
+    assert 1 <= len(read) <= 20
 
 
 # -- other weights -----------------------------------------------------------------------------------------
@@ -748,9 +771,14 @@ def test_two_devices_of_one_name(secure):
     """The second does not start: neither at the first one's socket, nor elsewhere with its ledger."""
     victim, twin = secure.fleet[VICTIM], Device(VICTIM, secure.fleet.folder, {})
     twin._settings = victim._settings
+    held = contextlib.ExitStack()
     for stopped in (False, True):
-        if stopped:
+        if stopped:  # and no more connections go to it
             victim.stop()
+            waiting = [held.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(100)]
+            for each in waiting:
+                each.setblocking(False)
+                each.connect_ex(str(victim.listen))
         twin.start(wait=False, ledger=str(secure.fleet.folder / "another.ledger"))
         assert twin.process.wait(60) != 0
         assert "another device listens there" in twin.log()
@@ -760,5 +788,6 @@ def test_two_devices_of_one_name(secure):
     assert twin.process.wait(60) != 0
     assert "another process uses this ledger" in twin.log()
     twin.kill()
+    held.close()
     victim.go()
     secure.assert_goes_on()
