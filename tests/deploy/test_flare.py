@@ -369,9 +369,7 @@ def done(run: Path) -> int:
 
 
 def left_out(run: Path, name: str) -> bool:
-    return [e["event"] for e in events(run) if e.get("client") == name][-1:] != ["client-came"] and any(
-        e["event"] == "client-gone" and e["client"] == name for e in events(run)
-    )
+    return any(event["event"] == "client-gone" and event["client"] == name for event in events(run))
 
 
 def back(run: Path, name: str) -> bool:
