@@ -55,9 +55,13 @@ JOB: dict[str, Any] = {
     "checkpoint_every": 1000,
 }
 SECURE: dict[str, Any] = {"secure": True, "max_colluding": 0.0, "max_dropout": 0.0}
-ROUNDS = {"process": 12, "sockets": 12, "flare": 12, "flower": 4}
 Cell = tuple[str, int, bool]
 Row = dict[str, Any]
+
+
+def rounds_of(driver: str, clients: int) -> int:
+    """The first two are not steady: a process that has just started is slow."""
+    return 12 if driver != "flower" else 5 if clients <= 10 else 3
 
 
 def name_of(cell: Cell) -> str:
@@ -125,7 +129,7 @@ def run(cell: Cell, folder: Path) -> RunFolder:
     """The run folder of a cell's job."""
     driver, clients, secure = cell
     config = TrainConfig.resolve(
-        JOB, {"clients": clients, "rounds": ROUNDS[driver], **(SECURE if secure else {})}
+        JOB, {"clients": clients, "rounds": rounds_of(driver, clients), **(SECURE if secure else {})}
     )
     if driver == "process":
         return training.train(config, folder / "run", lambda _: None)
@@ -243,7 +247,10 @@ def figures(folder: RunFolder) -> Row:
 
 def measure(cell: Cell) -> Row:
     with tempfile.TemporaryDirectory(prefix="b-") as folder:  # short: sockets lie in it
-        found = figures(run(cell, Path(folder)))
+        try:
+            found = figures(run(cell, Path(folder)))
+        except Exception as error:  # of a deployment that does not fit here: that, too, is a result
+            found = {"failed": f"{type(error).__name__}: {error}".replace(folder, "")[:200]}
     return {**found, "commit": commit(), "load": round(os.getloadavg()[0], 1)}
 
 
@@ -274,12 +281,16 @@ def rows(result: Row) -> list[tuple[str, ...]]:
         if row is None:
             continue
         driver, clients, secure = cell
+        sums = "secure" if secure else "plain"
+        if "failed" in row:
+            found.append((LABELS[driver], str(clients), sums, "failed", row["failed"], *["–"] * 4))
+            continue
         stages = row["stages"]
         found.append(
             (
                 LABELS[driver],
                 str(clients),
-                "secure" if secure else "plain",
+                sums,
                 f"{row['round']:.3g}",
                 ", ".join(f"{stage} {figure['seconds']:.3g}" for stage, figure in stages.items()),
                 f"{row['first']:.3g}",

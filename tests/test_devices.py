@@ -17,6 +17,7 @@ from baffle.device import Sockets, relay
 from baffle.errors import DataError, DeliveryError, SecurityError
 from baffle.exchange import HELLO, Envelope, Reply
 from baffle.identities import make_identity, read_identity, read_roster
+from baffle.runs import RunFolder
 
 JOB = {"model": "mlp", "clients": 3, "rounds": 3, "directions": 12, "batch_size": 8, "threads": 1}
 BAFFLE = [sys.executable, "-m", "baffle"]
@@ -164,6 +165,22 @@ def test_what_cannot_be_is_one_line(arguments, message, tmp_path, monkeypatch, c
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "s").exists()
+
+
+def test_a_run_of_devices_is_not_gone_on_with_as_a_simulation(tmp_path, capsys):
+    run = RunFolder.create(tmp_path / "run", TrainConfig.resolve(JOB), "Sockets").path
+    assert main(["train", "--resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"baffle train: the clients of {run} are on devices (Sockets): say where these are\n"
+
+
+def test_one_process_at_a_run(tmp_path, capsys):
+    folder = RunFolder.create(tmp_path / "run", TrainConfig.resolve(JOB))
+    with folder.held():
+        assert main(["train", "--resume", str(folder.path)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"baffle train: {folder.path}: another process is at this run: wait for it, or end it\n"
+    assert main(["train", "--resume", str(folder.path)]) == 0  # let go, it goes on
 
 
 def test_keys_are_made_once_and_are_for_their_owner(tmp_path):

@@ -212,7 +212,8 @@ def _train(options: argparse.Namespace) -> int:
                 config, path, show, driver=driver, stop=stop, tensorboard=options.tensorboard
             )
     if not run.ended:
-        command = shlex.join(["baffle", "train", "--resume", str(path)])
+        where = [] if options.devices is None else ["--devices", str(options.devices)]
+        command = shlex.join(["baffle", "train", "--resume", str(path), *where])
         print(f"stopped after round {run.rounds_done()}; go on with: {command}")
         return 130
     print(_summary(run))

@@ -7,6 +7,7 @@ events.jsonl             one line for whatever is worth a word: dropouts, aborte
 checkpoint.safetensors   to go on from
 rounds.log               the scalar log (forward-only, batch-level runs)
 start.safetensors        the snapshot that the scalar log begins at
+driver                   what brought messages to the clients, where these are on devices
 resumes                  one byte for each resume of a private run: what may have been asked twice
 weights.safetensors      final weights and their moving average ("weights", "ema")
 curves.png               accuracy and loss against rounds, forward passes and bytes
@@ -14,10 +15,12 @@ curves.png               accuracy and loss against rounds, forward passes and by
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +77,7 @@ class RunFolder:
         return ScalarLog(self.path / "rounds.log")
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig) -> RunFolder:
+    def create(cls, path: Path, config: TrainConfig, driver: str | None = None) -> RunFolder:
         """A new folder with config and environment. Raises ConfigError where one is there already."""
         try:
             path.mkdir(parents=True)
@@ -86,6 +89,8 @@ class RunFolder:
             raise ConfigError(f"cannot make the folder {path}: {error.strerror}") from error
         try:
             write_atomically(path / "environment.json", json.dumps(environment(), indent=1).encode())
+            if driver is not None:
+                write_atomically(path / "driver", driver.encode())
             write_atomically(path / "config.toml", config.to_toml().encode())
         except CheckpointError:  # without a config, nobody could go on with it
             shutil.rmtree(path, ignore_errors=True)
@@ -98,6 +103,28 @@ class RunFolder:
         if not os.path.isfile(path / "config.toml"):
             raise DataError(f"{path} is no run folder: it has no config.toml")
         return cls(path)
+
+    @property
+    def driver(self) -> str | None:
+        """What brought messages to the clients; None for a simulation."""
+        file = self.path / "driver"
+        return file.read_text(encoding="utf-8") if file.exists() else None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For one process at a time. Raises DataError where another is at this run. POSIX."""
+        import fcntl  # elsewhere a run must do without
+
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                text = "another process is at this run: wait for it, or end it"
+                raise DataError(f"{self.path}: {text}") from error
+            yield
+        finally:
+            os.close(folder)
 
     def config(self) -> TrainConfig:
         return TrainConfig.resolve(read_toml(self.path / "config.toml"))

@@ -60,10 +60,11 @@ def train(
         raise ConfigError(f"{path} is there already: go on with --resume {path}, or choose another --run")
     job = build(config, devices=driver is not None)
     writer = _tensorboard() if tensorboard else None
-    folder = RunFolder.create(path, config)
-    save_checkpoint(folder.start, job.server)
-    save_checkpoint(folder.checkpoint, job.server)
-    return _run(job, driver, folder, report, stop, writer)
+    folder = RunFolder.create(path, config, None if driver is None else type(driver).__name__)
+    with folder.held():
+        save_checkpoint(folder.start, job.server)
+        save_checkpoint(folder.checkpoint, job.server)
+        return _run(job, driver, folder, report, stop, writer)
 
 
 def resume(
@@ -81,6 +82,19 @@ def resume(
     folder = RunFolder.open(path)
     if folder.ended:
         return folder
+    if driver is None and folder.driver is not None:
+        raise ConfigError(f"the clients of {path} are on devices ({folder.driver}): say where these are")
+    with folder.held():
+        return _resume(folder, driver, report, stop, tensorboard)
+
+
+def _resume(
+    folder: RunFolder,
+    driver: Driver | None,
+    report: Report,
+    stop: Callable[[], bool],
+    tensorboard: bool,
+) -> RunFolder:
     job = build(folder.config(), devices=driver is not None)
     writer = _tensorboard() if tensorboard else None
     if job.accountant is not None:
@@ -96,7 +110,7 @@ def resume(
         if folder.log.path.exists():
             job.server.downlink.refill(folder.log)
     except (CheckpointError, DataError) as error:
-        raise CheckpointError(f"{error}; to begin anew: --config {path / 'config.toml'}") from error
+        raise CheckpointError(f"{error}; to begin anew: --config {folder.path / 'config.toml'}") from error
     return _run(job, driver, folder, report, stop, writer)
 
 
