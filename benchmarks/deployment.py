@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -209,6 +210,7 @@ def over_flower(config: TrainConfig, folder: Path) -> RunFolder:
                 fleet.register(names[at : at + 10])
             for name in names:
                 fleet.node(name)
+            settle()
             status, details = fleet.wait(fleet.submit(fleet.settings(config)), 1500)
             if status != "finished:completed":
                 raise RuntimeError(f"Flower: {status} {details}")
@@ -217,6 +219,22 @@ def over_flower(config: TrainConfig, folder: Path) -> RunFolder:
         for devices in hosts:
             devices.end()
     return RunFolder.open(folder / "run")
+
+
+def settle(most: float = 40.0) -> None:
+    """Waits until processes that have just started rest: a busy machine misses Flower's heartbeats."""
+    until = time.monotonic() + most
+    while time.monotonic() < until:
+        before = os.times().elapsed, _busy()
+        time.sleep(5)
+        if (_busy() - before[1]) / (os.times().elapsed - before[0]) < 0.5:
+            return
+
+
+def _busy() -> float:
+    """Seconds of work of all cores since the machine started (Linux)."""
+    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 # -- figures ----------------------------------------------------------------------------------------
