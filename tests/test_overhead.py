@@ -25,7 +25,7 @@ from baffle.errors import AggregationError, DigestMismatchError, LossError, Mess
 from baffle.estimator import SteinEstimator
 from baffle.local import clip_inf_norm
 from baffle.perturbations import Layout
-from baffle.plan import LocalTraining, ModelMessage, RoundResult, RoundSum
+from baffle.plan import LocalTraining, ModelMessage, RoundPlan, RoundResult, RoundSum
 from baffle.runtimes import Batch
 from baffle.server import Server
 from baffle.simulation import random_drops, simulate
@@ -100,7 +100,7 @@ def calls(monkeypatch):
 
         return wrapper
 
-    for kind in (ModelMessage, RoundResult):
+    for kind in (RoundPlan, ModelMessage, RoundResult):
         monkeypatch.setattr(kind, "decode", counted(kind.__name__, kind.decode))
     for module in (client_module, endpoint_module):
         monkeypatch.setattr(module, "weights_digest", counted("digest", module.weights_digest))
@@ -113,7 +113,7 @@ def test_a_round_comes_down_once_and_goes_up_by_client(calls, fidelity, count):
     runtime = Bowl(50)
     s = server(runtime, fidelity)
     records = list(simulate(s, federation(count, runtime), rounds=3))
-    assert calls == {"ModelMessage": 3, "digest": 3, "RoundResult": 3 * count}
+    assert calls == {"RoundPlan": 3, "ModelMessage": 3, "digest": 3, "RoundResult": 3 * count}
     assert all(r.bytes_down == count * (29 + 108 + 14 + 4 * 50) for r in records)  # and still counts for each
 
 
@@ -138,7 +138,7 @@ def test_a_device_checks_at_every_answer(calls):
     s, (client,) = server(runtime), federation(1, runtime)
     plan, model = s.plan().encode(), s.model().encode()
     assert client.answer(plan, model) == client.answer(plan, model)
-    assert calls == {"ModelMessage": 2, "digest": 2}
+    assert calls == {"RoundPlan": 2, "ModelMessage": 2, "digest": 2}
 
 
 def test_a_shared_download_lets_no_wrong_model_through():

@@ -20,11 +20,29 @@ _log = logging.getLogger("baffle")
 
 
 class Receiver(Protocol):
-    """How a package becomes weights: ``received``, or one that clients of one process share."""
+    """How a plan and a package are read: ``Alone``, or one that clients of one process share."""
 
-    def __call__(
+    def plan(self, data: bytes) -> RoundPlan:
+        """The decoded plan. Raises MessageError."""
+        ...
+
+    def receive(
         self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: bytes
-    ) -> tuple[Holding, Download]: ...
+    ) -> tuple[Holding, Download]:
+        """``received``."""
+        ...
+
+
+class Alone:
+    """The receiver of a device."""
+
+    def plan(self, data: bytes) -> RoundPlan:
+        return RoundPlan.decode(data)
+
+    def receive(
+        self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: bytes
+    ) -> tuple[Holding, Download]:
+        return received(runtime, holding, plan, package)
 
 
 def received(
@@ -52,9 +70,9 @@ class Endpoint:
     Not for several threads at once: a device is asked one thing at a time.
     """
 
-    def __init__(self, client: Client, *, receiver: Receiver = received) -> None:
+    def __init__(self, client: Client, *, receiver: Receiver | None = None) -> None:
         self.client = client
-        self._receiver = receiver
+        self._receiver = receiver or Alone()
         self._holding: Holding | None = None  # None: what the client was built with
 
     def handle(self, data: bytes) -> bytes:
@@ -79,12 +97,12 @@ class Endpoint:
         """The body of the reply, or what goes wrong, raised."""
         if envelope.stage == HELLO:
             return self.client.name.encode()
-        plan = RoundPlan.decode(envelope.plan)
+        plan = self._receiver.plan(envelope.plan)
         if envelope.stage != ANSWER:
             return self.client.reply(envelope.stage, envelope.request, Download(plan))
         runtime = self.client.runtime
         # Before the seal hears of it: a client that has to ask for the model first has answered nothing.
-        holding, download = self._receiver(runtime, self._holding, plan, envelope.package)
+        holding, download = self._receiver.receive(runtime, self._holding, plan, envelope.package)
         if not _is_whole(envelope.package):
             self._holding = holding
         return self.client.reply(ANSWER, envelope.request, download)

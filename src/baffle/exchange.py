@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
 from baffle.errors import ConfigError, MessageError
@@ -42,7 +43,7 @@ class Envelope:
         if not (self.stage.isascii() and self.stage.isalpha() and len(self.stage) <= _LONGEST_NAME):
             raise ConfigError(f"a stage's name is 1 to {_LONGEST_NAME} letters, not {self.stage[:80]!r}")
 
-    @property
+    @cached_property
     def _head(self) -> bytes:
         stage = self.stage.encode()
         return b"".join(

@@ -69,7 +69,7 @@ class InProcess:
 
     def __init__(self, clients: Sequence[Client]) -> None:
         shared = _Shared()
-        self._endpoints = {client.name: Endpoint(client, receiver=shared.receive) for client in clients}
+        self._endpoints = {client.name: Endpoint(client, receiver=shared) for client in clients}
         if not clients or len(self._endpoints) != len(clients):
             raise ConfigError("a federation needs at least one client, and each its own name")
         self.forget()
@@ -118,8 +118,14 @@ class _Shared:
     """
 
     def __init__(self) -> None:
+        self._plan: tuple[bytes, RoundPlan] | None = None
         self._round = -1
         self._found: list[tuple[Runtime, Holding | None, bytes, tuple[Holding, Download]]] = []
+
+    def plan(self, data: bytes) -> RoundPlan:
+        if self._plan is None or self._plan[0] != data:
+            self._plan = data, RoundPlan.decode(data)
+        return self._plan[1]
 
     def receive(
         self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: bytes
