@@ -30,8 +30,9 @@ from hypothesis import strategies as st
 from baffle import cli, events, prometheus, top
 from baffle.config import TrainConfig
 from baffle.errors import ConfigError, DataError
+from baffle.federation import StageRecord
 from baffle.runs import RunFolder
-from baffle.watch import Look, Round, Stage, View, Watch, read
+from baffle.watch import Look, Round, View, Watch, read
 
 BAFFLE = Path(sys.executable).with_name("baffle")
 TINY = [*("--data", "digits", "--model", "mlp", "--clients", "6", "-K", "4", "--threads", "1")]
@@ -314,8 +315,8 @@ NOW = 1_800_000_000.0
 
 def view(**changes):
     stages = (
-        Stage("answer", 10, 9, 1.25, 1_000_000, 4_200),
-        Stage("unmask", 9, 9, 0.25, 2_000, 3_000),
+        StageRecord("answer", 10, 9, 1.25, 1_000_000, 4_200),
+        StageRecord("unmask", 9, 9, 0.25, 2_000, 3_000),
     )
     last = Round(1.5, 10, 9, 2.0, 60.0, 1_002_000, 7_200, stages, {("answer", "late"): 1}, None)
     before = replace(last, elapsed=50.0, dropouts={("answer", "gone"): 2})

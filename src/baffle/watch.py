@@ -19,23 +19,12 @@ from typing import Any
 from baffle.config import TrainConfig
 from baffle.errors import DataError
 from baffle.events import Tail, as_object, clean
+from baffle.federation import StageRecord
 from baffle.runs import RunFolder
 
 _EVENTS = 100
 _DEFAULT_ROUNDS = 200  # as in a job whose config names neither rounds nor epochs
 RECENT = 20  # rounds
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One exchange of a round."""
-
-    name: str
-    asked: int
-    answered: int
-    seconds: float
-    bytes_down: int
-    bytes_up: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,7 @@ class Round:
     elapsed: float  # since the run's start, without the time between a stop and a resume
     bytes_down: int
     bytes_up: int
-    stages: tuple[Stage, ...]  # none in runs of older versions
+    stages: tuple[StageRecord, ...]  # none in runs of older versions
     dropouts: Mapping[tuple[str, str], int]  # (stage, reason) → clients
     aborted: str | None
 
@@ -252,8 +241,8 @@ def _name(text: str) -> str:
     return clean(text, 20)
 
 
-def _stage(name: str, entry: Mapping[str, Any]) -> Stage:
-    return Stage(
+def _stage(name: str, entry: Mapping[str, Any]) -> StageRecord:
+    return StageRecord(
         _name(name),
         _count(entry.get("asked")),
         _count(entry.get("answered")),
