@@ -39,11 +39,13 @@ ROWS = """
     terms local downlink data.hub
     aggregation vectors
     client server secure identities data.sources
-    endpoint federation checkpoint data
+    endpoint federation checkpoint data membership
     simulation device runs
     job
     plots doctor watch
     training top prometheus
+    commands commands.settings commands.runs
+    commands.train commands.compare commands.device
     cli flower flare
     __main__ __init__
 """
@@ -62,7 +64,7 @@ AT_ONCE = {
 INSIDE_FUNCTIONS = {
     "numba": {"kernels"},
     "torch": {"doctor", "training"},
-    "tqdm": {"cli"},
+    "tqdm": {"commands.train"},
     "matplotlib": {"plots", "data.picture"},
     "PIL": {"data.folders"},
     "datasets": {"data.hub"},
@@ -133,8 +135,8 @@ def test_the_architecture_page_draws_true_rows():
     drawn = page.split("## Directions of import")[1].split("\n\n")[2]
     rows = rows_in("\n".join(reversed(drawn.split("\n"))))
 
-    def room(name):  # data, models, kernels, secagg are one name there; so is what runtimes.torch is made of
-        if name.startswith(("data.", "models.", "kernels.", "secagg.")):
+    def room(name):  # data, models and the like are one name there; so is what runtimes.torch is made of
+        if name.startswith(("data.", "models.", "kernels.", "secagg.", "commands.", "enclave.")):
             return name.split(".")[0]
         return "runtimes.torch" if name.startswith("runtimes.") and name != "runtimes.prefix" else name
 

@@ -28,6 +28,7 @@ from safetensors.numpy import load_file
 
 from baffle import cli, doctor, plots, training, vectors
 from baffle.checkpoint import load_checkpoint, read_checkpoint, replay
+from baffle.commands.settings import settings as flags_of
 from baffle.config import PRESETS, TrainConfig
 from baffle.errors import ConfigError
 from baffle.job import build
@@ -160,7 +161,7 @@ def cut_off(tmp_path_factory):
 
     options = cli.parser().parse_args(["train", *SHORT, "--rounds", "4", "--checkpoint-every", "2"])
     with pytest.raises(InterruptedError):
-        training.train(TrainConfig.resolve(cli._settings(options)), path, report)
+        training.train(TrainConfig.resolve(flags_of(options)), path, report)
     assert (lines_in(path / "metrics.jsonl"), RunFolder(path).rounds_done()) == (3, 2)
     return path
 
@@ -428,7 +429,7 @@ def test_rounds_that_nobody_answered_survive_a_resume(tmp_path):
     assert all(row["loss"] is None for row in silent)
     options = cli.parser().parse_args(["train", *settings])
     seen = []
-    training.train(TrainConfig.resolve(cli._settings(options)), cut, seen.append, stop=lambda: len(seen) == 3)
+    training.train(TrainConfig.resolve(flags_of(options)), cut, seen.append, stop=lambda: len(seen) == 3)
     assert RunFolder(cut).rounds_done() == 4
     assert baffle("train", "--resume", cut).code == 0
     assert_same_run(cut, whole)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from baffle import cli
+from baffle.commands.settings import settings as flags_of
 from baffle.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,7 @@ def test_commands_in_prose_can_be_typed(page):
     for words in shown_commands(page):
         if words not in ([name] for name in COMMANDS):
             options = cli.parser().parse_args(words)  # exits for what it does not know
-            TrainConfig.resolve(cli._settings(options))
+            TrainConfig.resolve(flags_of(options))
 
 
 def test_the_toml_in_the_commands_page_can_be(tmp_path):

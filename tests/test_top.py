@@ -519,7 +519,7 @@ def test_a_sparkline_is_the_means_of_its_columns(values, width):
     ],
 )
 def test_sizes(count, text):
-    assert top._size(count) == text
+    assert events.size(count) == text
 
 
 # A terminal

@@ -52,6 +52,15 @@ def emit(event: str, text: str, *, level: str = "info", **fields: Any) -> None:
         _LOG.handle(record)
 
 
+def size(count: float) -> str:
+    """Bytes, with a unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.95:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def clean(text: object, most: int = _MOST_TEXT) -> str:
     """``text`` on one line of at most ``most`` characters, all of which can be printed.
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from baffle.config import TrainConfig
-from baffle.events import clean
+from baffle.events import clean, size
 from baffle.watch import RECENT, Round, View, Watch
 
 Span = tuple[str, str]  # text, style
@@ -178,7 +178,7 @@ def _stages(view: View, last: Round, bar: int) -> list[Line]:
     for stage in last.stages[:12]:
         cells = (
             *(stage.name, f"{stage.asked:,}", f"{stage.answered:,}", f"{stage.seconds:.3f}"),
-            *(_size(stage.bytes_down), _size(stage.bytes_up)),
+            *(size(stage.bytes_down), size(stage.bytes_up)),
         )
         style = "warning" if stage.answered < stage.asked else ""
         table.append(_stage_row(cells, _bar(stage.seconds / max(last.seconds, 1e-9), bar), style))
@@ -189,7 +189,7 @@ def _stages(view: View, last: Round, bar: int) -> list[Line]:
         ("a client", "", "", "", last.bytes_down / each, last.bytes_up / each),
         ("all rounds", "", "", f"{last.elapsed:,.1f}", view.bytes_down, view.bytes_up),
     ]
-    table += [_stage_row((*texts, _size(down), _size(up)), " " * bar, "") for *texts, down, up in sums]
+    table += [_stage_row((*texts, size(down), size(up)), " " * bar, "") for *texts, down, up in sums]
     return table
 
 
@@ -362,14 +362,6 @@ def _age(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.95:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 # -- a terminal ---------------------------------------------------------------------------------------
