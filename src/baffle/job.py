@@ -15,30 +15,25 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from baffle import data, models
-from baffle.aggregation import IntegerSum, Seal
+from baffle import data, membership, models
 from baffle.client import Client, Samples
 from baffle.config import TrainConfig
 from baffle.errors import ConfigError
 from baffle.estimator import SteinEstimator
 from baffle.federation import Drops
-from baffle.fixedpoint import FixedPoint
 from baffle.optimizers import Portable, RAdaZO
 from baffle.perturbations import perturbation_from_spec
 from baffle.plan import LocalSteps, LocalTraining
-from baffle.privacy import Accountant, Privacy, Unit, calibrate
+from baffle.privacy import Accountant
 from baffle.runtimes import Batch
 from baffle.runtimes.torch import TorchRuntime, cache_prefix
-from baffle.secagg.parameters import part
 from baffle.server import OptimizerFactory, SchedulerFactory, Server, averaging
 from baffle.simulation import random_drops
-from baffle.stream import derive_seed, seed_from
-from baffle.terms import Terms
 
 if TYPE_CHECKING:  # at run time, only where secure sums are asked for: they need cryptography
     from baffle.secagg.primitives import Identity
     from baffle.secagg.session import Roster
-    from baffle.secure import Ledger, Protection, SecureSum
+    from baffle.secure import Ledger
 
 _EVALUATION_BATCH = 500
 
@@ -68,7 +63,7 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
     """
     _set_threads(config)
     train, test = load_data(config)
-    roster, identities = _identities(config, train, devices)
+    roster, identities = membership.identities(config, None if devices else client_names(config, train))
     parts, names = split(config, train), _names(config, train, roster)
     sizes = [config.max_samples or len(part) for part in parts]
     if len(names) != len(parts):  # a roster says who there is, and each has a set of its own
@@ -83,7 +78,7 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
         test_batches = [runtime.prefixed(batch) for batch in test_batches]
     rounds = _rounds(config, sum(sizes), len(names))
     estimator = _estimator(config)
-    aggregator, accountant = _protection(config, sizes, rounds, estimator.directions, roster)
+    aggregator, accountant = membership.protection(config, sizes, rounds, estimator.directions, roster)
     clients = (
         []
         if devices
@@ -93,7 +88,9 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
                 runtime,
                 Subset(samples, part),
                 seed=config.seed,
-                seal=None if roster is None else _seal(config, name, identities[name], roster, accountant),
+                seal=None
+                if roster is None
+                else membership.seal(config, name, identities[name], roster, accountant),
             )
             for name, part in zip(names, parts, strict=True)
         ]
@@ -132,7 +129,7 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
 def device_names(config: TrainConfig) -> list[str]:
     """Who the clients of ``build(config, devices=True)`` are, for a driver that is made before the job."""
     train, _ = load_data(config)
-    return _names(config, train, _identities(config, train, True)[0])
+    return _names(config, train, membership.identities(config, None)[0])
 
 
 def build_client(
@@ -145,7 +142,7 @@ def build_client(
     """
     _set_threads(config)
     train, _ = load_data(config)
-    roster = _identities(config, train, True)[0]
+    roster = membership.identities(config, None)[0]
     names = _names(config, train, roster)
     if name not in names:
         raise ConfigError(f"there is no client {name}: the names are {names[0]} to {names[-1]}")
@@ -159,7 +156,8 @@ def build_client(
             raise ConfigError(f"client {name}: secure sums need its key: --identity FILE")
         if roster.keys[roster.place(name)] != identity.public:
             raise ConfigError(f"client {name}: its key is not the one that the roster {config.roster} has")
-        seal = _seal(config, name, identity, roster, None, ledger, job=_job_name(config))
+        job = membership.job_name(config)
+        seal = membership.seal(config, name, identity, roster, None, ledger, job=job)
     return Client(name, runtime, Subset(samples, part), seed=config.seed, seal=seal)
 
 
@@ -262,119 +260,6 @@ def _rounds(config: TrainConfig, samples: int, clients: int) -> int:
     cohort = config.cohort or clients
     a_round = cohort * config.batch_size if config.batch_size else samples * cohort / clients
     return math.ceil(config.epochs * math.ceil(samples / a_round) / config.local_steps)
-
-
-# -- protection -------------------------------------------------------------------------------------
-
-
-def _identities(
-    config: TrainConfig, train: data.Dataset, devices: bool
-) -> tuple[Roster | None, dict[str, Identity]]:
-    """The roster of secure sums. A simulation makes keys for all; devices have theirs, and pin a file."""
-    if not config.secure:
-        return None, {}
-    from baffle.identities import read_roster
-    from baffle.secagg.primitives import Identity
-    from baffle.secagg.session import Roster
-
-    if devices:
-        if config.roster is None:
-            raise ConfigError("secure sums over devices need the clients' public keys: --roster FILE")
-        return read_roster(Path(config.roster)), {}
-    identities = {name: Identity.generate() for name in client_names(config, train)}
-    return Roster({name: identity.public for name, identity in identities.items()}), identities
-
-
-def _protection(
-    config: TrainConfig, sizes: list[int], rounds: int, directions: int, roster: Roster | None
-) -> tuple[IntegerSum | SecureSum | None, Accountant | None]:
-    """The aggregator that the config asks for, and who counts ε. ``sizes``: how many samples clients have."""
-    if not config.secure and config.privacy is None:
-        return None, None
-    cohort = min(config.cohort or len(sizes), len(sizes))
-    standing = cohort - part(config.max_dropout, cohort)  # answer at least
-
-    def terms_for(shares: int) -> tuple[Terms, Accountant | None]:
-        privacy = _privacy(config, sum(sizes), len(sizes), rounds, shares)
-        terms = _terms(config, cohort, max(sizes), privacy)
-        return terms, None if privacy is None else Accountant(privacy, terms.fixed_point, directions)
-
-    if roster is None:
-        terms, accountant = terms_for(standing)
-        return IntegerSum(terms), accountant
-    from baffle.secure import SecureSum
-
-    protection = _sums(config)
-    settings, policy = protection.settings(cohort), protection.policy
-    terms, accountant = terms_for(
-        min(policy.check(settings, cohort, present) for present in (cohort, standing))
-    )
-    return SecureSum(roster, terms, protection, job=_job_name(config)), accountant
-
-
-def _sums(config: TrainConfig) -> Protection:
-    from baffle.secure import Protection
-
-    # Where each round has another cohort, each has keys of its own.
-    session = 1 if config.cohort else config.session_rounds
-    return Protection(config.max_colluding, config.max_dropout, rounds=session)
-
-
-def _job_name(config: TrainConfig) -> bytes:
-    return derive_seed(seed_from(config.seed), "job")
-
-
-def _seal(
-    config: TrainConfig,
-    name: str,
-    identity: Identity,
-    roster: Roster,
-    accountant: Accountant | None,
-    ledger: Ledger | None = None,
-    job: bytes | None = None,
-) -> Seal:
-    """A client's half of secure sums: it insists on what the config promises, its noise included."""
-    from baffle.secure import SecureSeal
-
-    noise = config.noise_multiplier or 0.0
-    if accountant is not None:
-        noise = accountant.privacy.noise_multiplier
-    elif config.target_epsilon is not None:
-        raise ConfigError("on a device, say the noise multiplier that target-epsilon came to, not the ε")
-    policy = _sums(config).policy
-    return SecureSeal(name, identity, roster, policy, least_noise=noise, ledger=ledger, job=job)
-
-
-def _privacy(config: TrainConfig, samples: int, clients: int, rounds: int, shares: int) -> Privacy | None:
-    if config.privacy is None or config.clip_norm is None:
-        return None
-    rate = 1.0
-    if config.privacy == "example":
-        rate = config.batch_size * clients / samples
-        if not 0 < rate <= 1:
-            raise ConfigError(
-                f"batch-size = {config.batch_size}: with privacy it is the number of examples that a client "
-                f"is expected to sample, above 0 and at most the {samples // clients} that it has"
-            )
-    noise = config.noise_multiplier
-    if noise is None:
-        noise = calibrate(float(config.target_epsilon or 0), config.delta, rounds, rate)
-    unit: Unit = "example" if config.privacy == "example" else "client"
-    return Privacy(unit, config.clip_norm, noise, rate, shares)
-
-
-def _terms(config: TrainConfig, cohort: int, largest: int, privacy: Privacy | None) -> Terms:
-    """With as many fraction bits as leave room for every sum, and for the noise."""
-    limit = config.ring_limit if privacy is None else privacy.clip
-    weight = 1 if config.privacy == "client" else largest
-    point = FixedPoint.fitting(cohort, weight, limit, config.ring_bits)
-    while True:
-        try:
-            return Terms(point, cohort, largest, privacy=privacy)
-        except ConfigError:
-            if privacy is None or point.fraction_bits <= 8:
-                raise
-            point = dataclasses.replace(point, fraction_bits=point.fraction_bits - 1)
 
 
 def _optimizer(config: TrainConfig) -> OptimizerFactory:
