@@ -6,12 +6,12 @@ bytes travel. A reply names its envelope by a hash: one that is repeated, late o
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
+from baffle.digests import sha256
 from baffle.errors import ConfigError, MessageError
 from baffle.events import clean
 from baffle.wire import Reader, choice, decoding, header
@@ -62,7 +62,7 @@ class Envelope:
         The package's weights are proven by the plan's digest. The name is not sent: who replies in another
         client's place, because sockets were mixed up or copied, makes another ticket.
         """
-        return hashlib.sha256(self._head + name.encode()).digest()[:TICKET_BYTES]
+        return sha256(self._head + name.encode()).digest()[:TICKET_BYTES]
 
     def encode(self) -> bytes:
         return self._head + self.package

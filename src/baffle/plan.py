@@ -7,7 +7,6 @@ the body. Decoding is total: bytes that are no message of this version raise Mes
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from baffle.digests import sha256
 from baffle.errors import ConfigError, MessageError
 from baffle.estimator import SCHEMES, SteinEstimator
 from baffle.perturbations import Layout, perturbation_from_spec
@@ -31,7 +31,7 @@ LOCAL_OPTIMIZERS: tuple[LocalOptimizer, ...] = get_args(LocalOptimizer)
 
 def weights_digest(weights: NDArray[np.float32], layout: Layout, frozen_digest: bytes) -> bytes:
     """SHA-256 (32 bytes) of a whole model: names and shapes, what is frozen, and the weights' bytes."""
-    h = hashlib.sha256(b"baffle weights v1" + frozen_digest)
+    h = sha256(b"baffle weights v1" + frozen_digest)
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         data = name.encode()
         h.update(struct.pack("<I", len(data)) + data + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
@@ -159,7 +159,7 @@ class RoundPlan:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the encoded plan: answers name it."""
-        return hashlib.sha256(self.encode()).digest()
+        return sha256(self.encode()).digest()
 
     def encode(self) -> bytes:
         e, local, steps = self.estimator, self.local, self.steps

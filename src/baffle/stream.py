@@ -19,7 +19,6 @@ The words are public coins. They are not secret, and nothing that must be secret
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from baffle.digests import sha256
 from baffle.errors import ConfigError
 
 SEED_BYTES = 32
@@ -130,7 +130,7 @@ def derive_seed(seed: bytes, *labels: str | int) -> bytes:
     as its text in UTF-8, an integer as its decimal text (so 1 and "1" are one label).
     """
     check_seed(seed)
-    h = hashlib.sha256(b"baffle derive v1" + seed)
+    h = sha256(b"baffle derive v1" + seed)
     for label in labels:
         data = str(label).encode()
         h.update(struct.pack("<I", len(data)) + data)
@@ -143,7 +143,7 @@ def seed_from(value: int | bytes) -> bytes:
         return check_seed(value)
     if not 0 <= value < 1 << 128:
         raise ConfigError(f"seed {value}: an integer seed lies in [0, 2^128)")
-    return hashlib.sha256(b"baffle seed v1" + value.to_bytes(16, "little")).digest()
+    return sha256(b"baffle seed v1" + value.to_bytes(16, "little")).digest()
 
 
 def check_seed(seed: bytes) -> bytes:
@@ -164,7 +164,7 @@ class Stream:
         check_seed(self.seed)
         if not 0 <= self.round < 1 << 64:
             raise ConfigError(f"round {self.round} lies outside [0, 2^64)")
-        digest = hashlib.sha256(b"baffle stream v1" + self.seed + struct.pack("<Q", self.round)).digest()
+        digest = sha256(b"baffle stream v1" + self.seed + struct.pack("<Q", self.round)).digest()
         object.__setattr__(self, "_hash", struct.unpack("<8I", digest))
 
     @property

@@ -13,7 +13,6 @@ sum of N_c over the clients that came so far; so nobody needs to be told who sto
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import struct
@@ -25,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from baffle.digests import sha256
 from baffle.errors import AggregationError, ConfigError, MessageError
 from baffle.fixedpoint import FixedPoint
 from baffle.plan import RoundPlan, RoundSum
@@ -245,7 +245,7 @@ class Terms:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the encoded terms: ring answers name it."""
-        return hashlib.sha256(self.encode()).digest()
+        return sha256(self.encode()).digest()
 
     def encode(self) -> bytes:
         point, privacy = self.fixed_point, self.privacy
