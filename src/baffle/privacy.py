@@ -47,7 +47,6 @@ import json
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -438,6 +437,8 @@ def _read_cache() -> dict[str, Any]:
 
 
 def _write_cache(content: dict[str, Any]) -> None:
+    import tempfile  # 1 MB with what it imports; a device that makes noise calibrates none
+
     with suppress(OSError, RuntimeError):
         file = _cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
