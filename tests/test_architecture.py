@@ -28,8 +28,8 @@ ROWS = """
     kernels.directions kernels.simd secagg.session
     kernels.winograd secagg.messages
     kernels.layers secagg.client secagg.server
-    perturbations models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
-    runtimes runtimes.objective runtimes.arrays models data.pickles data.picture
+    perturbations runtimes.graph models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
+    runtimes runtimes.sources runtimes.objective runtimes.arrays models data.pickles data.picture
     runtimes.onebyone runtimes.lowrank
     runtimes.batched runtimes.steps
     runtimes.program
@@ -52,7 +52,10 @@ ROWS = """
 # What a module may import when it is imported, beyond the standard library and NumPy ...
 AT_ONCE = {
     "torch": {"server", "optimizers", "job"}
-    | {name for name in MODULES if name.startswith(("models", "runtimes."))},
+    | {name for name in MODULES if name.startswith("models")}
+    | {"runtimes.arrays", "runtimes.batched", "runtimes.lowrank", "runtimes.objective", "runtimes.onebyone"}
+    | {"runtimes.prefix", "runtimes.program", "runtimes.steps", "runtimes.sweeps", "runtimes.tangent"}
+    | {"runtimes.torch"},
     "safetensors": {"checkpoint", "runs"},
     "numba": {"kernels.directions", "kernels.simd"},
     "llvmlite": {"kernels.simd"},
@@ -138,7 +141,8 @@ def test_the_architecture_page_draws_true_rows():
     def room(name):  # data, models and the like are one name there; so is what runtimes.torch is made of
         if name.startswith(("data.", "models.", "kernels.", "secagg.", "commands.", "enclave.")):
             return name.split(".")[0]
-        return "runtimes.torch" if name.startswith("runtimes.") and name != "runtimes.prefix" else name
+        apart = ("runtimes.prefix", "runtimes.graph", "runtimes.sources")
+        return "runtimes.torch" if name.startswith("runtimes.") and name not in apart else name
 
     assert rows.keys() == {room(name) for name in MODULES} - {"__init__", "__main__"}
     for name in MODULES.keys() - {"__init__", "__main__"}:
