@@ -65,10 +65,23 @@ class TrainConfig:
     alpha: float = _setting(0.3, "concentration of the Dirichlet partition; smaller is more skewed")
 
     model: str = _setting("lenet", "network: lenet, wrn-10-2, mobilenet-v2, mlp")
+    bundle: str | None = _setting(
+        None, "instead of a network by name: the folder that `baffle export` made, for clients without torch"
+    )
     pretrained: str | None = _setting(
         None, "npz of pretrained MobileNetV2 weights: trains a new head, features frozen"
     )
 
+    sparsity: float = _setting(
+        0.0, "share of each weight tensor that is pruned, the smallest at the start: neither trained nor sent"
+    )
+
+    runtime: str | None = _setting(
+        None,
+        "what clients measure with: torch; numpy, as devices without a framework do; onnx, for a bundle "
+        "(default: torch, or numpy for a bundle)",
+        choices=("torch", "numpy", "onnx"),
+    )
     fidelity: str = _setting(
         "forward-only",
         "forward-only: K perturbed losses, as a device does; law: simulate their sum from one backward "
@@ -82,6 +95,9 @@ class TrainConfig:
     )
     directions: int | None = _setting(None, "K, directions a measurement (default 100)", "-K")
     forward_passes: int | None = _setting(None, "instead of K: forward passes a measurement")
+    least_directions: int | None = _setting(
+        None, "on devices: K may fall to this where owners allow fewer (default: who cannot is left out)"
+    )
     sigma: float = _setting(1e-4, "scale of the perturbations")
     perturbation: str = _setting("gaussian", "gaussian, rademacher or lowrank:R")
 
@@ -170,6 +186,7 @@ class TrainConfig:
             if choices and value is not None and value not in choices:
                 self._refuse(entry.name, f"choose one of {', '.join(choices)}")
         self._positive("clients", "rounds", "cohort", "directions", "forward_passes", "image_size")
+        self._positive("least_directions")
         self._positive("evaluate_every", "checkpoint_every", "threads")
         self._positive("sigma", "learning_rate", "local_learning_rate", "local_steps", "epochs", "alpha")
         self._positive("max_samples", "deadline")
@@ -181,7 +198,8 @@ class TrainConfig:
             self._refuse("seed", "it lies in [0, 2^63)")
         if self.image_size is not None and self.image_size > _MOST_PIXELS:
             self._refuse("image_size", f"it is at most {_MOST_PIXELS}")
-        for name in ("ema", "dropout", "beta1", "beta2", "warmup", "max_colluding", "max_dropout", "delta"):
+        shares = ("sparsity", "dropout", "warmup", "max_colluding", "max_dropout", "delta")
+        for name in ("ema", "beta1", "beta2", *shares):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "it lies in [0, 1)")
         if self.rounds is not None and self.epochs is not None:
@@ -190,6 +208,7 @@ class TrainConfig:
             raise ConfigError("directions and forward-passes exclude each other: set one of them")
         if self.pretrained is not None and self.model != "mobilenet-v2":
             raise ConfigError(f"pretrained weights are for mobilenet-v2, not for {self.model}")
+        self._check_runtime()
         if self.preset is not None and self.preset not in PRESETS:
             self._refuse("preset", f"choose one of {', '.join(PRESETS)}")
         if self.local_steps > 1 and self.local_epochs:
@@ -197,6 +216,21 @@ class TrainConfig:
         if self.downlink == "scalars":
             self._check_scalars()
         self._check_privacy()
+
+    def _check_runtime(self) -> None:
+        if self.bundle is not None and self.pretrained is not None:
+            raise ConfigError("a bundle has weights of its own: leave pretrained out")
+        if self.bundle is None and self.runtime == "onnx":
+            self._refuse("runtime", "it runs what `baffle export` made: set bundle")
+        if self.bundle is not None and self.runtime == "torch":
+            self._refuse("runtime", "a bundle holds no torch module: use numpy or onnx")
+        if self.bundle is not None or self.runtime == "numpy":
+            if self.fidelity != "forward-only":
+                self._refuse("fidelity", "only torch can take gradients: leave bundle and runtime out")
+            if self.scheme == "tangent":
+                self._refuse("scheme", "it needs torch: leave bundle and runtime out")
+            if self.device != "cpu":
+                self._refuse("device", "it is for torch: leave bundle and runtime out")
 
     def _check_scalars(self) -> None:
         if self.fidelity != "forward-only" or self.local_epochs:
