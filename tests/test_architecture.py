@@ -34,7 +34,7 @@ ROWS = """
     runtimes.batched runtimes.steps
     runtimes.program
     runtimes.sweeps runtimes.tangent
-    estimator runtimes.torch data.dataset
+    estimator runtimes.torch runtimes.pruned data.dataset
     plan data.folders
     terms local downlink data.hub
     aggregation vectors
@@ -141,7 +141,7 @@ def test_the_architecture_page_draws_true_rows():
     def room(name):  # data, models and the like are one name there; so is what runtimes.torch is made of
         if name.startswith(("data.", "models.", "kernels.", "secagg.", "commands.", "enclave.")):
             return name.split(".")[0]
-        apart = ("runtimes.prefix", "runtimes.graph", "runtimes.sources")
+        apart = ("runtimes.prefix", "runtimes.graph", "runtimes.sources", "runtimes.pruned")
         return "runtimes.torch" if name.startswith("runtimes.") and name not in apart else name
 
     assert rows.keys() == {room(name) for name in MODULES} - {"__init__", "__main__"}
