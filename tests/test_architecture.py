@@ -30,7 +30,7 @@ ROWS = """
     kernels.layers secagg.client secagg.server
     perturbations runtimes.graph models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
     runtimes runtimes.sources runtimes.objective runtimes.arrays models data.pickles data.picture
-    runtimes.onebyone runtimes.lowrank
+    runtimes.onebyone runtimes.lowrank bundle
     runtimes.batched runtimes.steps
     runtimes.program
     runtimes.sweeps runtimes.tangent

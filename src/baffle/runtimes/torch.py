@@ -8,7 +8,6 @@ buffers. ``sweeps`` chooses the way through the directions.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from baffle.bundle import frozen_digest
 from baffle.errors import ConfigError, LossError, PrecisionError
 from baffle.perturbations import Layout, LowRank, Perturbation
 from baffle.runtimes import Batch
@@ -112,12 +112,9 @@ class TorchRuntime:
 
     @property
     def frozen_digest(self) -> bytes:
-        h = hashlib.sha256(b"baffle frozen v1")
-        for name, tensor in sorted({**self._frozen, **self._buffers}.items()):
-            values = tensor.detach().cpu().contiguous()
-            h.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-            h.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return h.digest()
+        tensors = {**self._frozen, **self._buffers}
+        types = {name: str(tensor.dtype) for name, tensor in tensors.items()}
+        return frozen_digest({name: _as_array(tensor) for name, tensor in tensors.items()}, types)
 
     def weights(self) -> NDArray[np.float32]:
         parameters = dict(self.module.named_parameters())
@@ -408,6 +405,17 @@ class TorchRuntime:
 
     def _input_dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _as_array(tensor: Tensor) -> NDArray[Any]:
+    """Its values, or its bits as integers where NumPy has no such type."""
+    values = tensor.detach().cpu().contiguous()
+    if values.dtype == torch.bfloat16:
+        values = values.view(torch.int16)
+    elif values.dtype.itemsize == 1:  # float8 and its like
+        values = values.view(torch.uint8)
+    array: NDArray[Any] = values.numpy()
+    return array
 
 
 def _nowhere(origin: Tensor) -> Directions:
