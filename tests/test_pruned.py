@@ -21,6 +21,7 @@ from baffle.plan import LocalTraining, ModelMessage, RoundResult, weights_digest
 from baffle.runtimes import Batch, DifferentiableRuntime, ExampleRuntime, HoldingRuntime, TangentRuntime
 from baffle.runtimes.arrays import TorchArrays
 from baffle.runtimes.pruned import Pruned, by_magnitude
+from baffle.runtimes.sources import StoredWeights
 from baffle.runtimes.torch import TorchRuntime, evaluate
 from baffle.stream import NUMPY, Stream, seed_from
 from tests.contracts.runtime import ExampleContract, RuntimeContract, TangentContract
@@ -245,6 +246,28 @@ def test_the_layout_has_what_is_kept_of_each_tensor_as_a_vector():
     whole = pruned.whole(pruned.weights())
     assert whole.dtype == np.float32
     assert whole.tobytes() == np.where(mask, Still(TENSORS).weights(), np.float32(0)).tobytes()
+
+
+class Read(Slope):
+    """Reads its weights a slice at a time, as a runtime that streams them does."""
+
+    def loss(self, weights, batch):
+        assert not isinstance(weights, np.ndarray)
+        parts = [weights[a : min(a + 7, N)] for a in range(0, N, 7)]
+        assert (len(weights), weights.shape) == (N, (N,))
+        return super().loss(np.concatenate(parts), batch)
+
+
+def test_weights_on_disk_are_spread_a_slice_at_a_time(tmp_path):
+    mask, batch = some(N), Points(5, 0).batch(np.arange(5))
+    pruned = Pruned(Slope(), mask)
+    weights = pruned.weights() + np.float32(0.5)
+    with StoredWeights.write(tmp_path / "w.bin", [weights]) as stored:
+        assert Pruned(Read(), mask).loss(stored, batch) == pruned.loss(weights, batch)
+        with pytest.raises(ConfigError, match="are kept"):
+            Pruned(Read(), ~mask).loss(stored, batch)
+        with pytest.raises(ConfigError, match="without a step"):
+            pruned._spread(stored)[::2]
 
 
 @pytest.mark.parametrize(

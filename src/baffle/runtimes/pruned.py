@@ -24,6 +24,7 @@ from baffle.runtimes import (
     Runtime,
     TangentRuntime,
 )
+from baffle.runtimes.sources import Source, bounds
 from baffle.stream import NUMPY, Arrays, Stream
 
 
@@ -86,19 +87,24 @@ class Pruned:
 
         Raises ConfigError for weights of another shape.
         """
+        return self._spread(weights)[0 : self._inner_n]
+
+    def _spread(self, weights: Source) -> SpreadWeights:
         if weights.shape != (self._layout.n,):
             raise ConfigError(
                 f"weights have the shape {weights.shape}, of this pruned model n = {self._layout.n} are kept"
             )
-        whole = np.zeros(self._inner_n, np.float32)
-        whole[self._kept] = weights
-        return whole
+        return SpreadWeights(weights, self._kept, self._inner_n)
+
+    def _inner(self, weights: NDArray[np.float32]) -> Any:
+        """W as it was given: an array, or a source of which a slice at a time is read."""
+        return self.whole(weights) if isinstance(weights, np.ndarray) else self._spread(weights)
 
     def check_sigma(self, sigma: float) -> None:
         self.runtime.check_sigma(sigma)
 
     def loss(self, weights: NDArray[np.float32], batch: Batch) -> float:
-        return self.runtime.loss(self.whole(weights), batch)
+        return self.runtime.loss(self._inner(weights), batch)
 
     def losses(
         self,
@@ -110,7 +116,7 @@ class Pruned:
         scale: float,
     ) -> NDArray[np.float64]:
         inner = self.spread(perturbation)
-        return self.runtime.losses(self.whole(weights), batch, stream, inner, directions, scale)
+        return self.runtime.losses(self._inner(weights), batch, stream, inner, directions, scale)
 
     def spread(self, perturbation: Perturbation) -> Spread:
         """The same directions as the inner runtime needs them: with zeros in between."""
@@ -127,7 +133,7 @@ class Pruned:
     ) -> NDArray[np.float64]:
         assert isinstance(self.runtime, ExampleRuntime)
         inner = self.spread(perturbation)
-        return self.runtime.example_losses(self.whole(weights), batch, stream, inner, directions, scale)
+        return self.runtime.example_losses(self._inner(weights), batch, stream, inner, directions, scale)
 
     def _derivatives(
         self,
@@ -139,11 +145,11 @@ class Pruned:
     ) -> tuple[float, NDArray[np.float64]]:
         assert isinstance(self.runtime, TangentRuntime)
         inner = self.spread(perturbation)
-        return self.runtime.derivatives(self.whole(weights), batch, stream, inner, directions)
+        return self.runtime.derivatives(self._inner(weights), batch, stream, inner, directions)
 
     def _gradient(self, weights: NDArray[np.float32], batch: Batch) -> tuple[NDArray[np.float32], float]:
         assert isinstance(self.runtime, DifferentiableRuntime)
-        gradient, loss = self.runtime.gradient(self.whole(weights), batch)
+        gradient, loss = self.runtime.gradient(self._inner(weights), batch)
         return gradient[self._kept], loss
 
 
@@ -178,6 +184,29 @@ class Spread:
         out[...] = 0.0
         places = arrays.constant(self.name, self.kept)[a:b]
         out[..., places - start if start else places] = values
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class SpreadWeights:
+    """A source of ``n`` weights: those of ``source`` in the places ``kept``, 0 elsewhere."""
+
+    source: Source
+    kept: NDArray[np.int64]
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n,)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, places: slice) -> NDArray[np.float32]:
+        start, stop = bounds(places, self.n)
+        a, b = (int(at) for at in np.searchsorted(self.kept, (start, stop)))
+        out = np.zeros(stop - start, np.float32)
+        out[self.kept[a:b] - start] = self.source[a:b]
         return out
 
 
