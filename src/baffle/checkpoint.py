@@ -219,6 +219,7 @@ def replay(server: Server, log: ScalarLog, until: int | None = None) -> int:
             break
         while server.round < plan.round:
             server.skip()
+        server.follow(plan)
         if plan != server.plan():
             raise CheckpointError(f"the log's round {plan.round} was not made from these weights")
         try:

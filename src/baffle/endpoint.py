@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from baffle.aggregation import ANSWER
 from baffle.client import Client, Download
 from baffle.downlink import HalfModel, Holding, receive
-from baffle.errors import BaffleError, DigestMismatchError, MessageError, SecurityError
+from baffle.errors import BaffleError, DigestMismatchError, LimitError, MessageError, SecurityError
 from baffle.exchange import HELLO, TICKET_BYTES, Envelope, Reply, Status
 from baffle.plan import ModelMessage, RoundPlan, weights_digest
 from baffle.runtimes import Runtime
@@ -30,6 +30,14 @@ class Receiver(Protocol):
         self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: bytes
     ) -> tuple[Holding, Download]:
         """``received``."""
+        ...
+
+
+class Guard(Protocol):
+    """What a device's owner allows: ``limits.Guard``."""
+
+    def check(self, plan: RoundPlan) -> None:
+        """Before the client measures for a plan. Raises LimitError."""
         ...
 
 
@@ -67,11 +75,15 @@ def received(
 class Endpoint:
     """One client behind bytes. Keeps, from round to round, what its downlink needs to be told less.
 
-    Not for several threads at once: a device is asked one thing at a time.
+    Not for several threads at once: a device is asked one thing at a time. ``guard`` is asked before each
+    measurement, and before the package is looked at.
     """
 
-    def __init__(self, client: Client, *, receiver: Receiver | None = None) -> None:
+    def __init__(
+        self, client: Client, *, receiver: Receiver | None = None, guard: Guard | None = None
+    ) -> None:
         self.client = client
+        self._guard = guard
         self._receiver = receiver or Alone()
         self._holding: Holding | None = None  # None: what the client was built with
 
@@ -80,13 +92,21 @@ class Endpoint:
 
         Cost: that of ``Client.reply``, and of replaying steps where they are what came.
         """
-        ticket = bytes(TICKET_BYTES)
         try:
             envelope = Envelope.decode(data)
-            ticket = envelope.ticket(self.client.name)
+        except BaffleError as error:
+            return Reply.explaining(bytes(TICKET_BYTES), "malformed", error).encode()
+        return self.reply(envelope)
+
+    def reply(self, envelope: Envelope) -> bytes:
+        """``handle``, of an envelope that is decoded already."""
+        ticket = envelope.ticket(self.client.name)
+        try:
             return Reply(ticket, "answer", self.answer(envelope)).encode()
         except DigestMismatchError as error:
             return Reply(ticket, "digest", error.held).encode()
+        except LimitError as error:
+            return Reply.limited(ticket, error).encode()
         except BaffleError as error:
             return Reply.explaining(ticket, _status(error), error).encode()
         except Exception as error:  # a device that is asked the next time is worth more than a traceback
@@ -100,6 +120,8 @@ class Endpoint:
         plan = self._receiver.plan(envelope.plan)
         if envelope.stage != ANSWER:
             return self.client.reply(envelope.stage, envelope.request, Download(plan))
+        if self._guard is not None:
+            self._guard.check(plan)
         runtime = self.client.runtime
         # Before the seal hears of it: a client that has to ask for the model first has answered nothing.
         holding, download = self._receiver.receive(runtime, self._holding, plan, envelope.package)

@@ -9,6 +9,7 @@ BaffleError                 one clear line: what, where, what to do; the command
 ├── LossError               a loss came out NaN or infinite; names the direction
 ├── MessageError            bytes that are no message of this version
 ├── DigestMismatchError     a client holds other weights than the plan was made for
+├── LimitError              more than a device's owner allows; a round that its client stays out of
 ├── DeliveryError           a message that did not reach a client, or no reply by the deadline
 ├── AggregationError        answers that cannot be summed (none, of two rounds, of two lengths)
 ├── SecurityError           a step refused, because someone may be lying or too little is protected
@@ -66,6 +67,18 @@ class DigestMismatchError(BaffleError):
     def __init__(self, text: str, held: bytes = b"") -> None:
         super().__init__(text)
         self.held = held
+
+
+class LimitError(BaffleError):
+    """More than a device's owner allows.
+
+    ``limit`` names what was exceeded, one of ``exchange.LIMITS``; ``most`` is how much is allowed, a whole
+    number of at least 1 (for ``cohort``, how many are needed), None where there is none to say.
+    """
+
+    def __init__(self, limit: str, most: int | None, text: str) -> None:
+        super().__init__(text)
+        self.limit, self.most = limit, most
 
 
 class DeliveryError(BaffleError):

@@ -6,13 +6,14 @@ bytes travel. A reply names its envelope by a hash: one that is repeated, late o
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
 from baffle.digests import sha256
-from baffle.errors import ConfigError, MessageError
+from baffle.errors import ConfigError, LimitError, MessageError
 from baffle.events import clean
 from baffle.wire import Reader, choice, decoding, header
 
@@ -21,8 +22,15 @@ TICKET_BYTES = 16
 _LONGEST_NAME = 64  # of a stage
 _LONGEST_TEXT = 500  # of a reason, in bytes
 
-Status = Literal["answer", "digest", "refused", "failed", "malformed"]
+Status = Literal["answer", "digest", "refused", "failed", "malformed", "limited"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+# What owners limit, in the order of docs/spec.md: directions, memory in bytes, seconds a round, days of use;
+# the fewest clients in a sum; a condition of the moment.
+LIMITS = ("directions", "memory", "seconds", "days", "cohort", "when")
+_LIMIT = re.compile(
+    r"(?:(?P<limit>directions|memory|seconds|days)<=(?P<most>[1-9][0-9]{0,17})"
+    r"|(?P<least>cohort)>=(?P<needed>[1-9][0-9]{0,17})|when): (?P<text>.*)"
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class Reply:
     refused    why its seal refused: a step that protects too little, or a lie
     failed     why it could not measure
     malformed  why it could not read the envelope, whose ticket may then be zeros
+    limited    which of its owner's limits the plan exceeds: "directions<=100: …", "when: …"
     """
 
     ticket: bytes
@@ -107,6 +116,25 @@ class Reply:
         """A reply whose body is one line of text, cut where it is too long."""
         line = clean(text).encode("utf-8", "replace")
         return cls(ticket, status, line[:_LONGEST_TEXT].decode("utf-8", "ignore").encode())
+
+    @classmethod
+    def limited(cls, ticket: bytes, error: LimitError) -> Reply:
+        """What a limit says, and why. Raises ConfigError for one that cannot be said."""
+        sign = {"cohort": ">=", "when": ""}.get(error.limit, "<=")
+        reply = cls.explaining(ticket, "limited", f"{error.limit}{sign}{error.most if sign else ''}: {error}")
+        if _LIMIT.fullmatch(reply.text) is None:
+            raise ConfigError(f"a limit that cannot be: {reply.text[:80]}")
+        return reply
+
+    @property
+    def limit(self) -> LimitError:
+        """What a ``limited`` reply says. ConfigError where its body is no limit."""
+        found = _LIMIT.fullmatch(self.text)
+        if found is None:
+            raise ConfigError("a reason that names no limit")
+        name = found["limit"] or found["least"] or "when"
+        number = found["most"] or found["needed"]
+        return LimitError(name, None if number is None else int(number), found["text"])
 
     @property
     def text(self) -> str:
@@ -127,4 +155,7 @@ class Reply:
             r.end()
             if status not in ("answer", "digest") and len(body) > _LONGEST_TEXT:
                 raise MessageError("a reason that is longer than a line")
-            return cls(ticket, status, body)
+            reply = cls(ticket, status, body)
+            if status == "limited":
+                _ = reply.limit
+            return reply

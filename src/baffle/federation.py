@@ -68,8 +68,8 @@ class Dropout:
     """A client that did not answer a stage, and why.
 
     ``reason``: late, gone, unknown or malformed on the way; digest, refused, failed or malformed by its own
-    word; replayed (a reply to something else), wrong (no part of this sum), unasked (no part of a secure
-    sum's session), simulated.
+    word; limited, by its owner's; replayed (a reply to something else), wrong (no part of this sum), unasked
+    (no part of a secure sum's session), simulated.
     """
 
     client: str
@@ -152,6 +152,7 @@ def run(
     """
     strangers: set[str] = set()
     members = None if names is None else frozenset(names)
+    directions = server.estimator.directions
     while server.round < rounds:
         started = time.perf_counter()
         present = driver.names()
@@ -161,7 +162,12 @@ def run(
                 text = "it is none of the federation's clients, and is not asked"
                 events.emit("unknown-client", text, level="warning", round=server.round, client=name)
             present = [name for name in present if name in members]
-        asked = server.cohort(present, None if cohort is None or cohort >= len(present) else cohort)
+        able = server.able(present)
+        asked = server.cohort(able, None if cohort is None or cohort >= len(able) else cohort)
+        before, directions = directions, server.adapt(asked)
+        if directions != before:
+            text = f"K = {directions} from here on, where it was {before}: what the round's clients can do"
+            events.emit("directions", text, round=server.round, directions=directions)
         yield _Round(server, driver, asked, deadline, drops, forgiving).record(started)
 
 
@@ -215,7 +221,7 @@ class _Round:
 
     def _sum(self) -> tuple[RoundSum | None, str | None]:
         if not self._names:
-            return None, f"round {self._plan.round}: no client is there to be asked"
+            return None, f"round {self._plan.round}: no client is there that could be asked"
         tally = self._server.aggregator.open(self._plan, self._names)
         stages = tally.stages()
         while True:
@@ -332,6 +338,8 @@ class _Answers:
             self._heard.discard(name)
             self.elsewhere[name] = reply.body
             return None
+        if reply.status == "limited":
+            return self._limited(name, reply)
         if reply.status != "answer":
             text = "it holds other weights than the plan's" if reply.status == "digest" else reply.text
             return self.drop(name, reply.status, text)
@@ -342,6 +350,18 @@ class _Answers:
         else:
             self._add(name, reply.body)
         return None
+
+    def _limited(self, name: str, reply: Reply) -> None:
+        """Who can do fewer directions is asked for fewer, or not again; a moment's condition passes."""
+        limit, server, asked = reply.limit, self._owner._server, self._owner._plan.estimator.directions
+        if limit.limit == "directions":
+            if limit.most is None or limit.most >= asked:
+                text = f"it says that it can do {limit.most} directions, and was asked for {asked}"
+                return self.drop(name, "malformed", text)
+            server.limited(name, limit.most)
+        elif limit.limit in ("memory", "seconds", "days"):  # as much as the next round would take
+            server.limited(name, 0)
+        return self.drop(name, "limited", reply.text)
 
     def miss(self) -> None:
         """Who was asked and is not spoken of any more has dropped out too."""

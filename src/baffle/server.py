@@ -7,6 +7,7 @@ for → any ``torch.optim`` step → exponential moving average of the weights.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,8 @@ class Server:
     ``local`` makes the communication epoch-level (FedAvg), ``steps`` lets a client take several steps in a
     batch-level round. ``downlink`` says what clients are sent to hold the weights that they measure at:
     ``downlink.Downlink`` has the modes. Where these are not the server's own (half precision), gradients
-    are estimated there and applied to the server's.
+    are estimated there and applied to the server's. ``least_directions`` lets K fall to that where owners
+    allow their devices fewer (``adapt``); without it, K stays, and who cannot is left out (``able``).
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Server:
         steps: LocalSteps | None = None,
         aggregator: Aggregator | None = None,
         downlink: Mode = "model",
+        least_directions: int | None = None,
     ) -> None:
         if not 0.0 <= ema < 1.0:
             raise ConfigError(f"EMA decay {ema}: a number in [0, 1), 0 for none")
@@ -90,6 +93,10 @@ class Server:
         self.aggregator = aggregator or PlainSum()
         self.seed = seed_from(seed)
         self.round = 0
+        self.least_directions = least_directions
+        self._check_least()
+        self._limits: dict[str, int] = {}  # by client: the largest K that it can do, 0 for none
+        self._now = estimator  # this round's: K is what the round's clients can do
         self.downlink = Downlink(downlink)
         self._plan: RoundPlan | None = None  # kept for its round: it takes a hash of all weights
         self._sent: NDArray[np.float32]  # what this round's clients hold
@@ -117,16 +124,19 @@ class Server:
             self._plan = RoundPlan(
                 self.round,
                 derive_seed(self.seed, "directions"),
-                self.estimator,
+                self._now,
                 weights_digest(self._sent, self.layout, self._frozen_digest),
                 self.batch_size,
                 self.fidelity,
                 self.local,
                 self.steps,
             )
-            remembered = self.optimizer.rule_state if isinstance(self.optimizer, Portable) else None
-            self.downlink.begin(self._plan, self._sent, remembered)
+            self._begin(self._plan)
         return self._plan
+
+    def _begin(self, plan: RoundPlan) -> None:
+        remembered = self.optimizer.rule_state if isinstance(self.optimizer, Portable) else None
+        self.downlink.begin(plan, self._sent, remembered)
 
     def model(self) -> ModelMessage:
         """The weights that go with ``plan()``, whole and in float32."""
@@ -142,6 +152,62 @@ class Server:
             raise ConfigError(f"a cohort of {size} cannot be drawn from {len(ordered)} clients")
         order = Stream(derive_seed(self.seed, "cohort"), self.round).permutation(0, len(ordered))
         return sorted(ordered[i] for i in order[:size])
+
+    # -- what clients can do ------------------------------------------------------------------------
+
+    def limited(self, name: str, most: int) -> None:
+        """Notes that a client can do ``most`` directions, 0 for none whatever K is. The last word counts."""
+        self._limits[name] = most
+
+    def able(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` whose limits leave room for a round: none is known, or it is K at least.
+
+        With ``least_directions``, that much at least.
+        """
+        needed = self.least_directions or self.estimator.directions
+        return [name for name in names if self._limits.get(name, needed) >= needed]
+
+    def adapt(self, names: Iterable[str]) -> int:
+        """This round's K, for the clients that will be asked: the most that all of them can do.
+
+        Between ``least_directions`` and the estimator's own K, a multiple of the local steps; without
+        ``least_directions``, the estimator's. Changes the round's plan where that has another K.
+        """
+        K = self.estimator.directions
+        if self.least_directions is not None:
+            count = 1 if self.steps is None else self.steps.count
+            known = min((self._limits[name] for name in names if name in self._limits), default=K)
+            K = max(self.least_directions, min(K, known) // count * count)
+        self._take(K)
+        return K
+
+    def _take(self, directions: int) -> None:
+        if directions == self._now.directions:
+            return
+        self._now = dataclasses.replace(self.estimator, directions=directions)
+        if self._plan is not None and self._plan.round == self.round:
+            self._plan = dataclasses.replace(self._plan, estimator=self._now)
+            self._begin(self._plan)
+
+    def follow(self, plan: RoundPlan) -> None:
+        """Takes the K of a plan that was made before, where this server may have made it: for replays."""
+        K = plan.estimator.directions
+        if self.least_directions is not None and self.least_directions <= K <= self.estimator.directions:
+            self._take(K)
+
+    def _check_least(self) -> None:
+        least, K = self.least_directions, self.estimator.directions
+        if least is None:
+            return
+        if not 1 <= least <= K:
+            raise ConfigError(f"least-directions = {least}: it lies in [1, K = {K}]")
+        if self.steps is not None and least % self.steps.count:
+            raise ConfigError(
+                f"least-directions = {least} for {self.steps.count} local steps: take a multiple of "
+                f"{self.steps.count}"
+            )
+        if getattr(getattr(self.aggregator, "terms", None), "levels", ()):
+            raise ConfigError("least-directions and levels exclude each other: both let clients do less")
 
     def step(self, results: Mapping[str, RoundResult]) -> RoundSum:
         """Sums the answers, takes one optimizer step and ends the round. Returns the sum.
@@ -268,6 +334,7 @@ class Server:
             "downlink": downlink,
             "kinds": self._kinds(),
             "ema_steps": self._average_steps,
+            "limits": dict(sorted(self._limits.items())),
             "optimizer": {"groups": optimizer["param_groups"], "scalars": scalars},
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
         }
@@ -299,7 +366,8 @@ class Server:
         self._average_steps, self.round = int(rest["ema_steps"]), int(rest["round"])
         sent = {key.split(".", 1)[1]: row for key, row in arrays.items() if key.startswith("downlink.")}
         self.downlink.load_state(sent, rest["downlink"])
-        self._plan = None
+        self._limits = {str(name): int(most) for name, most in rest.get("limits", {}).items()}
+        self._now, self._plan = self.estimator, None
 
     def _kinds(self) -> list[str]:
         return [type(part).__name__ for part in (self.optimizer, self.scheduler) if part is not None]
