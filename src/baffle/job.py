@@ -118,6 +118,7 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
         steps=steps,
         aggregator=aggregator,
         downlink=config.downlink,  # type: ignore[arg-type]
+        least_directions=config.least_directions,
     )
     if aggregator is not None:
         aggregator.terms.check_plan(server.plan())
