@@ -100,7 +100,7 @@ class Manifest:
         outside). ``site``: the folder inside that holds baffle and the packages; a file there belongs to the
         package whose RECORD names its first part, every other file to the interpreter. ``bundle``: a folder.
         ``seccomp``: the program's bytes. Raises DataError for what cannot be read or is no file, ConfigError
-        for a package that is not installed. Cost: one reading of every file.
+        for a package that is not installed, or of which the sandbox holds nothing. Cost: each is read once.
         """
         owners, versions = _owners(packages)
         code: dict[str, str] = {}
@@ -117,6 +117,9 @@ class Manifest:
                 owned[owners[first]][name] = digest
             else:
                 interpreter[inside] = digest
+        for name, its_files in {"baffle": code, **owned}.items():
+            if not its_files:
+                raise ConfigError(f"no file of the package {name} is in the sandbox, below {site}")
         return cls(
             code,
             interpreter,

@@ -6,15 +6,15 @@ bytes), with the value v of the root's counter that it belongs to inside what is
     magic ‖ u64 v ‖ salt (32) ‖ ciphertext ‖ tag          associated: magic ‖ v ‖ salt ‖ context
 
 ``SealedState`` keeps such a blob in a file, whole at every moment: where the counter is c, seal at c + 1,
-write, fsync, rename, and only then advance the counter to c + 1. What depends on a state (an answer, a line of
-a ledger) leaves after that. So the counter can lag behind the file, and never runs ahead of it:
+write, fsync, rename, and only then advance the counter to c + 1. What depends on a state (an answer, a line
+of a ledger) leaves after that. So the counter can lag behind the file, and never runs ahead of it:
 
 - killed before the rename: file and counter are those before, and nothing has left;
 - killed between rename and advance: the file is one ahead. It is accepted, or the state would be lost.
 
-That has a price. Whoever cuts the power there keeps a blob at c + 1 of which nothing has left, puts the blob
-at c back, lets it go on, and has two blobs of one value. So a state that is opened is sealed again, two ahead,
-before it is used (``resume``): no later state gets the value of one that was withheld. Accepted is
+That has a price. Whoever cuts the power there keeps a blob at c + 1 of which nothing has left, puts the one
+at c back, lets it go on, and has two blobs of one value. So a state that is opened is sealed again, two
+ahead, before it is used (``resume``): no later state gets the value of one that was withheld. Accepted is
 c ≤ v ≤ c + 2; a smaller v is a roll-back, a larger one a counter that was put back. What was released is then
 in every blob that is ever accepted again, as long as the counter does not go back.
 """
@@ -147,7 +147,7 @@ class SealedState:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """``data`` at ``path``, mode 0600, on disk when it returns; after a crash, all of it or what was there."""
+    """``data`` at ``path``, mode 0600, on disk when it returns; after a crash, all of it or what was."""
     try:
         file, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
         try:
