@@ -1,0 +1,108 @@
+"""What a device has in memory: its client loads NumPy and its runtime, and none of what it can do without."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from baffle import digests
+
+# Each costs a device memory (OpenSSL 3.5 MB, numpy.random 6.7, cryptography 6.8, zipfile 1.7, tempfile and
+# importlib.resources about 1), or drags along what does.
+HEAVY = {
+    *(
+        "torch",
+        "numba",
+        "llvmlite",
+        "onnx",
+        "onnxruntime",
+        "cryptography",
+        "safetensors",
+        "tqdm",
+        "PIL",
+        "scipy",
+    ),
+    *("matplotlib", "dp_accounting", "prometheus_client", "flwr", "nvflare"),
+    *("numpy.random", "numpy.ma", "numpy.polynomial", "numpy.fft", "numpy.testing", "numpy.f2py"),
+    *("hashlib", "_hashlib", "hmac", "secrets", "ssl", "_ssl"),
+    *("tempfile", "shutil", "zipfile", "bz2", "lzma", "importlib.resources", "importlib.metadata"),
+    *("asyncio", "concurrent.futures", "multiprocessing", "subprocess", "socket", "http", "urllib.request"),
+    *("email", "xml", "sqlite3", "unittest", "pydoc", "argparse", "statistics"),
+}
+DEVICE = "import baffle, baffle.bundle\nbaffle.Client, baffle.Endpoint, baffle.Privacy, baffle.Gaussian"
+
+
+def loaded(code):
+    """Names of the modules in memory after ``code`` in a fresh process."""
+    listing = "\nimport sys\nprint(*sys.modules)"
+    environment = {**os.environ, "BAFFLE_KERNELS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code + listing],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+def test_the_package_itself_loads_nothing():
+    found = loaded("import baffle")
+    assert {name for name in found if name.startswith("baffle.")} == set()
+    assert "numpy" not in found
+
+
+@pytest.mark.parametrize("name", ["BaffleError", "Stream", "Gaussian"])
+def test_a_name_loads_what_lies_below_it_alone(name):
+    found = loaded(f"import baffle\nbaffle.{name}")
+    assert "baffle.client" not in found
+    assert ("numpy" in found) == (name != "BaffleError")
+
+
+def test_a_device_imports_nothing_that_is_heavy():
+    found = loaded(DEVICE)
+    assert {"baffle.client", "baffle.endpoint", "numpy"} <= found
+    assert found & HEAVY == set()
+
+
+def test_the_list_of_what_is_heavy_finds_it():
+    """The counterpart: an import of each that every Python has shows."""
+    assert loaded("import hashlib, tempfile, zipfile, numpy.random") & HEAVY >= {
+        *("_hashlib", "tempfile", "shutil", "zipfile", "numpy.random", "secrets")
+    }
+
+
+# SHA-256 without OpenSSL
+
+HASHES = """
+import json, sys
+from baffle.digests import sha256
+def all_of():
+    h = sha256()
+    for part in (b"ab", bytearray(b"c"), memoryview(b"")):
+        h.update(part)
+    return [h.hexdigest(), sha256(b"abc").hexdigest(), sha256(bytes(range(256)) * 4097).hexdigest()]
+first = all_of()
+assert "hashlib" not in sys.modules
+import hashlib
+print(json.dumps([first, all_of()]))
+"""
+
+
+def test_both_ways_to_a_hash_give_the_published_one():
+    done = subprocess.run(
+        [sys.executable, "-c", HASHES], capture_output=True, text=True, timeout=60, check=True
+    )
+    before, after = json.loads(done.stdout)
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert before == after == [abc, abc, hashlib.sha256(bytes(range(256)) * 4097).hexdigest()]
+
+
+def test_what_is_hashed_may_be_an_array():
+    row = np.arange(5, dtype="<f4")
+    assert digests.sha256(row.data).digest() == hashlib.sha256(row.tobytes()).digest()
