@@ -39,8 +39,9 @@ ROWS = """
     terms local downlink data.hub
     aggregation vectors
     client server secure identities data.sources
-    endpoint federation checkpoint data membership
-    simulation device runs
+    endpoint federation checkpoint membership data.local
+    data
+    simulation device drop limits runs
     job
     plots doctor watch
     training top prometheus

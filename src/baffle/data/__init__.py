@@ -11,6 +11,7 @@ ever executed.
 from baffle.data.dataset import Dataset, normalisation
 from baffle.data.folders import domain_folder, domains_npz, image_folder
 from baffle.data.hub import hugging_face
+from baffle.data.local import load_local
 from baffle.data.partition import Share, by_domain, describe, dirichlet, iid
 from baffle.data.picture import plot
 from baffle.data.sources import cifar10, cifar100, digits, fashion_mnist, load, mnist
@@ -31,6 +32,7 @@ __all__ = [
     "iid",
     "image_folder",
     "load",
+    "load_local",
     "mnist",
     "normalisation",
     "plot",

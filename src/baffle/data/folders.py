@@ -42,10 +42,10 @@ def image_folder(
     fraction that cannot be, MissingExtraError without Pillow.
     """
     root = Path(folder)
-    groups = _class_folders(root)
+    groups = class_folders(root)
     paths = [path for group in groups.values() for path in group]
     targets = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
-    pixels = _read_images(paths, size)
+    pixels = read_images(paths, size)
     whole = _centred(pixels, targets, tuple(groups), root.name)
     return split(whole, test_fraction, seed)
 
@@ -58,7 +58,7 @@ def domain_folder(
     The classes are those of all domains together.
     """
     root = Path(folder)
-    by_domain = {path.name: _class_folders(path) for path in children(root) if os.path.isdir(path)}
+    by_domain = {path.name: class_folders(path) for path in children(root) if os.path.isdir(path)}
     if not by_domain:
         raise DataError(f"{root}: holds no folders; expected <domain>/<class>/<image> under it")
     classes = sorted({name for groups in by_domain.values() for name in groups})
@@ -68,7 +68,7 @@ def domain_folder(
             paths += group
             targets += [classes.index(name)] * len(group)
             domains += [domain] * len(group)
-    pixels = _read_images(paths, size)
+    pixels = read_images(paths, size)
     whole = _centred(
         pixels, np.array(targets), tuple(classes), root.name, np.array(domains), tuple(by_domain)
     )
@@ -93,10 +93,10 @@ def domains_npz(
         raise DataError(f"{root}: holds no .npz files; expected one a domain, with arrays x and y")
     images, labels, domains, names = [], [], [], []
     for file in files:
-        arrays = _read_npz(file, ("x", "y", "domain"))
+        arrays = read_npz(file, ("x", "y", "domain"))
         if "x" not in arrays or "y" not in arrays:
             raise DataError(f"{file}: has no arrays x and y; save it with numpy.savez(x=..., y=...)")
-        x, y = _channels_first(file, arrays["x"]), arrays["y"]
+        x, y = channels_first(file, arrays["x"]), arrays["y"]
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
             raise DataError(f"{file}: {len(x)} images need as many integers y, not {y.shape}")
         if len(files) == 1 and "domain" in arrays:
@@ -155,7 +155,7 @@ def fitted(image: Image, size: int, mode: str = "RGB") -> NDArray[np.uint8]:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _class_folders(root: Path) -> dict[str, list[Path]]:
+def class_folders(root: Path) -> dict[str, list[Path]]:
     """Class name → its images, both sorted by name."""
     groups = {}
     for folder in children(root):
@@ -169,14 +169,15 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def _read_images(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
+def read_images(paths: Sequence[Path], size: int, mode: str = "RGB") -> NDArray[np.uint8]:
+    """Images (N, C, size, size), `fitted`; ``mode`` "RGB" or "L". Raises what `image_folder` raises."""
     if size < 1:
         raise ConfigError(f"size must be at least 1, not {size}")
     try:
         from PIL import Image
     except ImportError as error:
         raise MissingExtraError("pillow", "images", "reading image folders") from error
-    pixels = np.empty((len(paths), 3, size, size), np.uint8)
+    pixels = np.empty((len(paths), 1 if mode == "L" else 3, size, size), np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for i, path in enumerate(paths):
@@ -184,7 +185,7 @@ def _read_images(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
                 with Image.open(path, formats=_FORMATS) as image:
                     if math.prod(image.size) > _MOST_PIXELS:
                         raise DataError(f"{path}: claims {image.size} pixels; remove it")
-                    pixels[i] = fitted(image, size)
+                    pixels[i] = fitted(image, size, mode)
             except BaffleError:
                 raise
             except Exception as error:  # Pillow's decoders raise whatever they stumble over
@@ -206,7 +207,8 @@ def _centred(
     return Dataset(pixels, targets, classes, name, scale, shift, domains, tuple(domain_names))
 
 
-def _channels_first(path: Path, x: NDArray[np.generic]) -> NDArray[np.generic]:
+def channels_first(path: Path, x: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Images of an .npz as (N, C, H, W), floats as float32. Raises DataError for other shapes."""
     if x.dtype.kind == "f":
         with np.errstate(over="ignore"):  # the data set refuses the infinities
             x = x.astype(np.float32)
@@ -219,7 +221,7 @@ def _channels_first(path: Path, x: NDArray[np.generic]) -> NDArray[np.generic]:
     return x
 
 
-def _read_npz(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+def read_npz(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[np.generic]]:
     """The wanted arrays that an .npz holds, none of them larger than its file says and than 4 GiB."""
     arrays = {}
     try:

@@ -130,7 +130,7 @@ def _idx_set(name: str, folder: Folder, size: int, classes: tuple[str, ...], mea
                     f"{name}: {file} (or .gz) is not in {folder}, nor in its {places[0]} or raw; "
                     f"put the four idx files there (torchvision.datasets.{name} downloads them)"
                 ) from None
-            arrays.append(_read_idx(path, dimensions))
+            arrays.append(read_idx(path, dimensions))
         images, labels = arrays
         if len(images) != len(labels):
             raise DataError(
@@ -143,7 +143,7 @@ def _idx_set(name: str, folder: Folder, size: int, classes: tuple[str, ...], mea
     return halves[0], halves[1]
 
 
-def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
+def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """The array in an idx file: bytes 0, 0, 8 (uint8), d, then d sizes as 32-bit big-endian."""
     content = read_bytes(path)
     magic, header = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
