@@ -288,7 +288,7 @@ def _split(data: bytes, path: Path) -> tuple[bytes, bytes]:
 
 
 class _Commands:
-    """tpm2-tools in a temporary folder, for one root of ``folder`` at a time. No secret becomes an argument."""
+    """tpm2-tools in a temporary folder, one root of ``folder`` at a time. No secret is ever an argument."""
 
     def __init__(self, tcti: str, folder: Path) -> None:
         self._tcti, self._lock = tcti, folder / "tpm.lock"
