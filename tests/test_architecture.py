@@ -21,7 +21,7 @@ MODULES = {
 
 # A module imports from rows above its own in this table, inside functions too.
 ROWS = """
-    errors environment events digests
+    errors environment events digests durable
     stream wire fixedpoint config law rules runtimes.prefix models._layers data.files data.partition
     secagg.primitives secagg.sharing
     kernels privacy optimizers exchange secagg secagg.parameters
@@ -29,19 +29,19 @@ ROWS = """
     kernels.winograd secagg.messages
     kernels.layers secagg.client secagg.server
     perturbations runtimes.graph models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
-    runtimes runtimes.sources runtimes.objective runtimes.arrays models data.pickles data.picture
-    runtimes.onebyone runtimes.lowrank bundle
+    runtimes runtimes.sources runtimes.simplify runtimes.objective runtimes.arrays models data.pickles data.picture
+    runtimes.onebyone runtimes.lowrank runtimes.modules bundle
     runtimes.batched runtimes.steps
     runtimes.program
     runtimes.sweeps runtimes.tangent
-    estimator runtimes.torch runtimes.pruned data.dataset
+    estimator runtimes.torch runtimes.onnx runtimes.pruned data.dataset
     plan data.folders
     terms local downlink data.hub
     aggregation vectors
     client server secure identities data.sources
     endpoint federation checkpoint membership data.local
     data
-    simulation device drop limits runs
+    simulation device drop limits runs export
     job
     plots doctor watch
     training top prometheus
@@ -52,7 +52,7 @@ ROWS = """
 """
 # What a module may import when it is imported, beyond the standard library and NumPy ...
 AT_ONCE = {
-    "torch": {"server", "optimizers", "job"}
+    "torch": {"server", "optimizers", "job", "export", "runtimes.modules"}
     | {name for name in MODULES if name.startswith("models")}
     | {"runtimes.arrays", "runtimes.batched", "runtimes.lowrank", "runtimes.objective", "runtimes.onebyone"}
     | {"runtimes.prefix", "runtimes.program", "runtimes.steps", "runtimes.sweeps", "runtimes.tangent"}
@@ -74,6 +74,9 @@ INSIDE_FUNCTIONS = {
     "datasets": {"data.hub"},
     "dp_accounting": {"privacy"},
     "prometheus_client": {"prometheus"},
+    "onnxruntime": {"runtimes.onnx"},
+    "onnx": {"export"},
+    "onnxscript": {"export"},
 }
 MOST_LINES = 600
 

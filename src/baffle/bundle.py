@@ -4,6 +4,7 @@ bundle.json     what is in it, canonical JSON, with the SHA-256 of every other f
 weights.bin     the trainable parameters, float32 little-endian, in the order of the layout
 frozen.bin      the bytes of all other tensors, one behind the other, sorted by name
 model.onnx      the network for ONNX Runtime, with the parameters as inputs and the loss inside; may be absent
+prefix.onnx     what comes before a parameter is met, where that is a part of its own; then not in model.onnx
 
 Nothing in it is code, and nothing is believed: sizes are compared before anything is allocated, files are
 those of the folder itself (no links), and a file whose hash differs is refused.
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
 FORMAT = "baffle bundle v1"
-HEAD, WEIGHTS, FROZEN, MODEL = "bundle.json", "weights.bin", "frozen.bin", "model.onnx"
-LOSSES = ("cross-entropy", "mse")
+HEAD, WEIGHTS, FROZEN, MODEL, PREFIX = "bundle.json", "weights.bin", "frozen.bin", "model.onnx", "prefix.onnx"
 
 _MOST_HEAD = 1 << 22  # bytes of bundle.json
 _MOST_PARAMETERS = 1 << 36
@@ -76,7 +76,7 @@ class Bundle:
     """
 
     name: str
-    layout: Layout
+    layout: Layout = field(repr=False)
     frozen: Mapping[str, NDArray[Any]] = field(repr=False)
     frozen_digest: bytes = field(repr=False)
     input_shape: tuple[int, ...]
@@ -87,7 +87,7 @@ class Bundle:
     missing: str = ""
     folder: Path | None = None
     initial: NDArray[np.float32] | None = field(default=None, repr=False)  # in memory: where training starts
-    model: bytes | None = field(default=None, repr=False)  # in memory: the ONNX file
+    models: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # in memory: ONNX files by name
 
     @property
     def onnx(self) -> Path | None:
@@ -95,6 +95,13 @@ class Bundle:
         if self.folder is None or not os.path.lexists(self.folder / MODEL):
             return None
         return self.folder / MODEL
+
+    def onnx_bytes(self, name: str = MODEL) -> bytes | None:
+        """The bytes of ``model.onnx`` or ``prefix.onnx``; None where there is none."""
+        if self.folder is None or not os.path.lexists(self.folder / name):
+            return self.models.get(name)
+        with _opened(self.folder / name) as file:
+            return file.read()
 
     def weights(self) -> NDArray[np.float32]:
         """A fresh copy of the weights, flat (n,). Memory: 4n bytes."""
@@ -215,11 +222,9 @@ class Bundle:
             for name in order
         )
         files[FROZEN] = _written(part / FROZEN, (values.reshape(-1).view(np.uint8).data for values in little))
-        if self.model is not None:
-            files[MODEL] = _written(part / MODEL, iter((self.model,)))
-        elif self.onnx is not None:
-            with _opened(self.onnx) as file:
-                files[MODEL] = _written(part / MODEL, iter(lambda: file.read(1 << 20), b""))
+        for name in (MODEL, PREFIX):
+            if (model := self.onnx_bytes(name)) is not None:
+                files[name] = _written(part / name, iter((model,)))
         head = {
             "classes": list(self.classes),
             "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
@@ -386,10 +391,11 @@ def _decoded(told: _Told, folder: Path) -> tuple[Bundle, dict[str, tuple[int, st
             (inside := entry.keys({"bytes", "sha256"}))["bytes"].whole(0, 1 << 40),
             inside["sha256"].digest(),
         )
-        for name, entry in head["files"].keys({WEIGHTS, FROZEN}, frozenset({MODEL})).items()
+        for name, entry in head["files"].keys({WEIGHTS, FROZEN}, frozenset({MODEL, PREFIX})).items()
     }
-    if MODEL not in files and os.path.lexists(folder / MODEL):
-        raise DataError(f"{folder / MODEL}: {HEAD} does not name it")
+    for name in (MODEL, PREFIX):
+        if name not in files and os.path.lexists(folder / name):
+            raise DataError(f"{folder / name}: {HEAD} does not name it")
     tensors = [entry.keys({"name", "shape"}) for entry in head["layout"].items(1 << 16)]
     layout = Layout(
         tuple(entry["name"].text() for entry in tensors), tuple(entry["shape"].shape() for entry in tensors)
