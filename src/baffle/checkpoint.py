@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from baffle import durable
 from baffle.errors import AggregationError, CheckpointError, ConfigError, LossError, MessageError
 from baffle.plan import RoundPlan, RoundSum
 
@@ -43,23 +44,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Puts ``data`` at ``path`` whole or not at all, also if the process is killed on the way."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _writing(path):
-        try:
-            with beside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        durable.write(path, [data])
 
 
 def save_checkpoint(path: Path, server: Server) -> None:
