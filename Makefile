@@ -2,12 +2,13 @@
 # make test   install, then lint, type-check and test
 # make bench  install, then measure the engine against its yardsticks (a quarter of an hour);
 #             bench-check says which ratios fall short of their aims, scale draws the curves,
-#             secagg measures what secure sums cost, traffic counts the bytes of rounds
+#             secagg measures what secure sums cost, traffic counts the bytes of rounds,
+#             bench-memory the memory of whole processes
 # make test-deploy  start Flower and FLARE on this machine and test through them (test-slice: a part)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-deploy test-slice lint format bench bench-check scale secagg traffic deployment clean
+.PHONY: demo test test-deploy test-slice lint format bench bench-check scale secagg traffic deployment bench-memory clean
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -69,6 +70,11 @@ traffic: .venv/.bench
 
 deployment: .venv/.deploy
 	$(BIN)/python benchmarks/deployment.py
+	$(BIN)/python benchmarks/report.py
+
+bench-memory: .venv/.bench
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python experiments/table4/run.py
 	$(BIN)/python benchmarks/report.py
 
 clean:

@@ -19,6 +19,7 @@ from typing import Any
 
 import bench
 import deployment as over
+import memory as processes
 import secagg as costs
 import traffic as bytes_of
 
@@ -32,6 +33,7 @@ DOCUMENTS = tuple(
         "docs/performance.md",
         "docs/privacy.md",
         "docs/deployment.md",
+        "docs/device.md",
     )
 )
 LEAKAGE = ROOT / "experiments" / "leakage"
@@ -441,6 +443,16 @@ def privacy_cost(result: Row) -> list[str]:
     return [*table(heads, rows), "", f"{note} {machine({'machine': result['printed_on']})}"]
 
 
+def memory(result: Row) -> list[str]:
+    cells = result["cells"]
+    stamped = {name: row | {"machine": result["printed_on"]} for name, row in cells.items()}
+    return [
+        *table(processes.HEADS, processes.table(cells)),
+        "",
+        f"Peak resident memory of whole processes, one thread. `make bench-memory`. {measured_on(stamped)}",
+    ]
+
+
 BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "demo": demo,
     "mnist-table": mnist_table,
@@ -454,6 +466,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "profile:steps": profile_steps,
     "profile:alternatives": profile_alternatives,
     "low-rank": low_rank,
+    "memory": memory,
     "mnist-speed": mnist_speed,
     "scale": scale,
     "secagg": secagg,
