@@ -34,7 +34,7 @@ ROWS = """
     runtimes.batched runtimes.steps
     runtimes.program
     runtimes.sweeps runtimes.tangent
-    estimator runtimes.torch runtimes.onnx runtimes.pruned data.dataset
+    estimator runtimes.torch runtimes.onnx runtimes.pruned runtimes.cache data.dataset
     plan data.folders
     terms local downlink data.hub
     aggregation vectors
@@ -42,6 +42,10 @@ ROWS = """
     endpoint federation checkpoint membership data.local
     data
     simulation device drop limits runs export
+    enclave enclave.evidence enclave.seccomp
+    enclave.sandbox enclave.channel enclave.manifest enclave.sealing
+    enclave.worker enclave.software enclave.tpm
+    enclave.host
     job
     plots doctor watch
     training top prometheus
