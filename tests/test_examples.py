@@ -18,7 +18,8 @@ from baffle.fixedpoint import FixedPoint
 from baffle.perturbations import Gaussian, LowRank
 from baffle.privacy import Privacy, encode_clipped
 from baffle.runtimes import Batch
-from baffle.runtimes.torch import TorchRuntime, cache_prefix
+from baffle.runtimes.cache import cache_prefix
+from baffle.runtimes.torch import TorchRuntime
 from baffle.server import Server
 from baffle.simulation import simulate
 from baffle.stream import Stream, seed_from

@@ -129,12 +129,11 @@ def _command(
 def _evaluate(options: argparse.Namespace) -> int:
     from baffle.job import build
     from baffle.runs import RunFolder
-    from baffle.runtimes.torch import evaluate
 
     run = RunFolder.open(options.run)
     weights = run.load_weights(options.weights)
     job = build(run.config())
-    accuracy, loss = evaluate(job.runtime, weights, job.test)
+    accuracy, loss = job.evaluate(weights)
     samples = sum(len(batch.targets) for batch in job.test)
     print(
         f"{run.path} ({options.weights} weights): accuracy {accuracy:.4f}, loss {loss:.4f}, {samples} samples"

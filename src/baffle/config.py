@@ -78,7 +78,7 @@ class TrainConfig:
 
     runtime: str | None = _setting(
         None,
-        "what clients measure with: torch; numpy, as devices without a framework do; onnx, for a bundle "
+        "what clients measure with: torch; numpy, as devices without a framework do; onnx, by ONNX Runtime "
         "(default: torch, or numpy for a bundle)",
         choices=("torch", "numpy", "onnx"),
     )
@@ -220,11 +220,9 @@ class TrainConfig:
     def _check_runtime(self) -> None:
         if self.bundle is not None and self.pretrained is not None:
             raise ConfigError("a bundle has weights of its own: leave pretrained out")
-        if self.bundle is None and self.runtime == "onnx":
-            self._refuse("runtime", "it runs what `baffle export` made: set bundle")
         if self.bundle is not None and self.runtime == "torch":
             self._refuse("runtime", "a bundle holds no torch module: use numpy or onnx")
-        if self.bundle is not None or self.runtime == "numpy":
+        if self.bundle is not None or self.runtime in ("numpy", "onnx"):
             if self.fidelity != "forward-only":
                 self._refuse("fidelity", "only torch can take gradients: leave bundle and runtime out")
             if self.scheme == "tangent":

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from baffle import data, membership, models
+from baffle.bundle import Bundle
 from baffle.client import Client, Samples
 from baffle.config import TrainConfig
 from baffle.errors import ConfigError
@@ -25,8 +26,10 @@ from baffle.optimizers import Portable, RAdaZO
 from baffle.perturbations import perturbation_from_spec
 from baffle.plan import LocalSteps, LocalTraining
 from baffle.privacy import Accountant
-from baffle.runtimes import Batch
-from baffle.runtimes.torch import TorchRuntime, cache_prefix
+from baffle.runtimes import Batch, Runtime
+from baffle.runtimes.cache import PrefixRuntime, cache_prefix
+from baffle.runtimes.pruned import Pruned, by_magnitude
+from baffle.runtimes.torch import Classifier, TorchRuntime, evaluate
 from baffle.server import OptimizerFactory, SchedulerFactory, Server, averaging
 from baffle.simulation import random_drops
 
@@ -42,18 +45,25 @@ _EVALUATION_BATCH = 500
 class Job:
     """Everything of a run. ``test`` is the test set in batches, after the frozen prefix if there is one.
 
-    ``clients`` is empty where they are on devices; ``names`` are theirs.
+    ``clients`` is empty where they are on devices; ``names`` are theirs. ``runtime`` is what clients of this
+    process measure with; of a pruned model, too, its weights are those of the server.
     """
 
     config: TrainConfig
     server: Server
     clients: list[Client]
     names: list[str]
-    runtime: TorchRuntime
+    runtime: Runtime
     test: list[Batch]
     rounds: int
     drops: Drops | None
     accountant: Accountant | None = None
+
+    def evaluate(self, weights: NDArray[np.float32]) -> tuple[float, float]:
+        """Top-1 accuracy and mean loss of weights (n,) on the test set."""
+        if isinstance(self.runtime, Pruned):
+            weights = self.runtime.whole(weights)
+        return evaluate(cast(Classifier, _whole(self.runtime)), weights, self.test)
 
 
 def build(config: TrainConfig, *, devices: bool = False) -> Job:
@@ -73,9 +83,10 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
         test.batch(slice(at, at + _EVALUATION_BATCH)) for at in range(0, len(test), _EVALUATION_BATCH)
     ]
     samples: Samples = train
-    if runtime.has_frozen_prefix:  # a pass over all data: after what can be refused without it
-        samples = train if devices else cache_prefix(runtime, train)
-        test_batches = [runtime.prefixed(batch) for batch in test_batches]
+    whole = _whole(runtime)
+    if whole.has_frozen_prefix:  # a pass over all data: after what can be refused without it
+        samples = train if devices else cache_prefix(whole, train)
+        test_batches = [whole.prefixed(batch) for batch in test_batches]
     rounds = _rounds(config, sum(sizes), len(names))
     estimator = _estimator(config)
     aggregator, accountant = membership.protection(config, sizes, rounds, estimator.directions, roster)
@@ -150,7 +161,8 @@ def build_client(
     parts = split(config, train)
     part = np.arange(len(train)) if config.partition == "own" else parts[names.index(name)]
     runtime = _runtime(config, train)
-    samples: Samples = cache_prefix(runtime, train) if runtime.has_frozen_prefix else train
+    whole = _whole(runtime)
+    samples: Samples = cache_prefix(whole, train) if whole.has_frozen_prefix else train
     seal = None
     if roster is not None:
         if identity is None:
@@ -167,11 +179,67 @@ def _set_threads(config: TrainConfig) -> None:
         torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
 
 
-def _runtime(config: TrainConfig, train: data.Dataset) -> TorchRuntime:
-    runtime = TorchRuntime(build_model(config, train), device=_device(config.device))
+def _runtime(config: TrainConfig, train: data.Dataset) -> Runtime:
+    """What the config's model is measured with."""
+    runtime = _of_torch(config, train) if config.bundle is None else _of_bundle(config, train)
+    if config.sparsity:
+        runtime = Pruned(runtime, by_magnitude(runtime.weights(), runtime.layout, config.sparsity))
     if config.scheme != "tangent":  # which has no σ
         runtime.check_sigma(config.sigma)
     return runtime
+
+
+def _of_torch(config: TrainConfig, train: data.Dataset) -> Runtime:
+    module = build_model(config, train)
+    if config.runtime in (None, "torch"):
+        return TorchRuntime(module, device=_device(config.device))
+    from baffle.export import from_torch
+
+    return _without_torch(
+        config,
+        from_torch(
+            module,
+            input_shape=train.shape,
+            name=config.model,
+            classes=train.classes,
+            scale=train.scale,
+            shift=train.shift,
+            onnx=config.runtime == "onnx",
+        ),
+    )
+
+
+def _of_bundle(config: TrainConfig, train: data.Dataset) -> Runtime:
+    bundle = read_bundle(config)
+    found, wanted = (train.shape, len(train.classes)), (bundle.input_shape, len(bundle.classes))
+    if found != wanted:
+        raise ConfigError(
+            f"bundle = {config.bundle!r}: it takes {wanted[0]} and has {wanted[1]} classes, but "
+            f"{train.name} has {found[0]} and {found[1]}"
+        )
+    if bundle.graph is not None and bundle.graph.loss != "cross-entropy":
+        raise ConfigError(f"bundle = {config.bundle!r}: labels need cross-entropy, not {bundle.graph.loss}")
+    return _without_torch(config, bundle)
+
+
+def _without_torch(config: TrainConfig, bundle: Bundle) -> Runtime:
+    if config.runtime == "onnx":
+        from baffle.runtimes.onnx import OnnxRuntime
+
+        return OnnxRuntime(bundle)
+    from baffle.runtimes.numpy import NumpyRuntime
+
+    return NumpyRuntime(bundle)
+
+
+def read_bundle(config: TrainConfig) -> Bundle:
+    """The bundle that the config names. Raises DataError for one that is damaged."""
+    return Bundle.read(config.bundle or "")
+
+
+def _whole(runtime: Runtime) -> PrefixRuntime:
+    """The runtime of the model with what was pruned of it."""
+    return cast(PrefixRuntime, runtime.runtime if isinstance(runtime, Pruned) else runtime)
 
 
 @dataclass(frozen=True)
@@ -190,9 +258,17 @@ class Subset:
 
 def load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset]:
     """Train and test set, normalised as the model wants it."""
-    options: dict[str, object] = {} if config.image_size is None else {"size": config.image_size}
+    bundle = None if config.bundle is None else read_bundle(config)
+    size = config.image_size
+    if size is None and bundle is not None and not config.data.startswith("cifar"):  # which has its own
+        size = bundle.input_shape[-1]
+    options: dict[str, object] = {} if size is None else {"size": size}
     folder = None if config.data_folder is None else Path(config.data_folder)
     train, test = data.load(config.data, folder, **options)
+    if bundle is not None and len(bundle.scale) == train.shape[0]:
+        train, test = (
+            dataclasses.replace(part, scale=bundle.scale, shift=bundle.shift) for part in (train, test)
+        )
     if config.pretrained is not None:
         # The pretrained weights were made for RGB in [−1, 1].
         channels = train.shape[0]

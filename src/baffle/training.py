@@ -17,7 +17,6 @@ from baffle.errors import BaffleError, CheckpointError, ConfigError, DataError, 
 from baffle.federation import Driver, RoundRecord, run
 from baffle.job import Job, build
 from baffle.runs import RunFolder
-from baffle.runtimes.torch import evaluate
 from baffle.simulation import simulate
 
 Report = Callable[["Progress"], None]
@@ -207,8 +206,8 @@ def _rounds(
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
-    accuracy, loss = evaluate(job.runtime, job.server.weights, job.test)
-    ema_accuracy, ema_loss = evaluate(job.runtime, job.server.ema_weights, job.test)
+    accuracy, loss = job.evaluate(job.server.weights)
+    ema_accuracy, ema_loss = job.evaluate(job.server.ema_weights)
     return {
         "test_accuracy": accuracy,
         "test_loss": loss,

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch.func import functional_call
 from baffle.bundle import frozen_digest
 from baffle.errors import ConfigError, LossError, PrecisionError
 from baffle.perturbations import Layout, LowRank, Perturbation
-from baffle.runtimes import Batch
+from baffle.runtimes import USABLE_SIGMA, Batch
 from baffle.runtimes.arrays import TorchArrays
 from baffle.runtimes.batched import FEWEST
 from baffle.runtimes.objective import Directions, Loss, Objective, Part, Reduce, each, mean
@@ -30,15 +29,6 @@ from baffle.runtimes.prefix import split_frozen_prefix
 from baffle.runtimes.sweeps import Sweeps
 from baffle.runtimes.tangent import derivatives
 from baffle.stream import NUMPY, Arrays, Stream
-
-# The smallest σ whose slopes still follow the exact directional derivative (correlation ≥ 0.99; LeNet,
-# central), by the coarsest type in the forward pass. `baffle doctor` measures them on this machine.
-USABLE_SIGMA = {
-    torch.float64: 1e-8,
-    torch.float32: 1e-5,
-    torch.float16: 1e-3,
-    torch.bfloat16: 1e-2,
-}
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -138,11 +128,11 @@ class TorchRuntime:
         )
 
     def check_sigma(self, sigma: float) -> None:
-        usable = USABLE_SIGMA.get(self.arithmetic)
+        name = str(self.arithmetic).removeprefix("torch.")
+        usable = USABLE_SIGMA.get(name)
         if usable is None:
             raise PrecisionError(f"{self.arithmetic} arithmetic cannot measure slopes: use float32")
         if sigma < usable:
-            name = str(self.arithmetic).removeprefix("torch.")
             raise PrecisionError(
                 f"σ = {sigma:g} lies below what {name} arithmetic resolves: use σ ≥ {usable:g} with the "
                 "central scheme, or keep the weights' noise and the forward pass in float32"
@@ -423,43 +413,28 @@ def _nowhere(origin: Tensor) -> Directions:
     return lambda directions: [torch.zeros_like(origin)] * len(directions)
 
 
-@dataclass(frozen=True)
-class _CachedPrefix:
-    features: NDArray[np.generic]
-    targets: NDArray[np.generic]
+class Classifier(Protocol):
+    """A runtime whose model can be looked at."""
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def batch(self, indices: NDArray[np.int64]) -> Batch:
-        return Batch(self.features[indices], self.targets[indices], prefixed=True)
-
-
-def cache_prefix(runtime: TorchRuntime, samples: Any, chunk: int = 128) -> _CachedPrefix:
-    """A data set (``len`` and ``batch(indices)``) after the frozen prefix, computed once.
-
-    For data without augmentation. Cost: one pass of the prefix over the data; memory: its features.
-    Raises ConfigError where the prefix cannot be cached (see ``TorchRuntime.prefixed``).
-    """
-    parts = [
-        runtime.prefixed(samples.batch(np.arange(at, min(at + chunk, len(samples)))))
-        for at in range(0, len(samples), chunk)
-    ]
-    return _CachedPrefix(
-        np.concatenate([part.inputs for part in parts]), np.concatenate([part.targets for part in parts])
-    )
+    def outputs(self, weights: NDArray[np.float32], batch: Batch) -> Any:
+        """Logits (B, classes) of a batch, an array or a tensor. Cost: one forward pass."""
+        ...
 
 
 def evaluate(
-    runtime: TorchRuntime, weights: NDArray[np.float32], batches: Sequence[Batch]
+    runtime: Classifier, weights: NDArray[np.float32], batches: Sequence[Batch]
 ) -> tuple[float, float]:
-    """Top-1 accuracy in [0, 1] and mean loss of a classifier over ``batches``. One forward pass each."""
+    """Top-1 accuracy in [0, 1] and mean loss of a classifier over ``batches``. One forward pass each.
+
+    The loss is the runtime's own where that is of torch, cross-entropy elsewhere.
+    """
+    loss_function = runtime.loss_function if isinstance(runtime, TorchRuntime) else cross_entropy
     right, total, loss = 0, 0, 0.0
     for batch in batches:
         targets = torch.as_tensor(batch.targets)
-        outputs = runtime.outputs(weights, batch)
+        outputs = torch.as_tensor(runtime.outputs(weights, batch))
         right += int((outputs.argmax(dim=1) == targets).sum())
-        loss += float(runtime.loss_function(outputs, targets).double().sum())
+        loss += float(loss_function(outputs, targets).double().sum())
         total += len(targets)
     if total == 0:
         raise ConfigError("there is no sample to evaluate on")
