@@ -100,30 +100,28 @@ class Manifest:
         outside). ``site``: the folder inside that holds baffle and the packages; a file there belongs to the
         package whose RECORD names its first part, every other file to the interpreter. ``bundle``: a folder.
         ``seccomp``: the program's bytes. Raises DataError for what cannot be read or is no file, ConfigError
-        for a package that is not installed, or of which the sandbox holds nothing. Cost: each is read once.
+        for a package that is not installed, and where there is no baffle in it. Cost: each is read once.
         """
         owners, versions = _owners(packages)
         code: dict[str, str] = {}
         interpreter: dict[str, str] = {}
         owned: dict[str, dict[str, str]] = {name: {} for name in versions}
+        below = site.rstrip("/") + "/"
         for inside, digest in hashes_of(files).items():
-            name = inside.removeprefix(site.rstrip("/") + "/")
-            first = name.split("/", 1)[0]
-            if name == inside:
-                interpreter[inside] = digest
-            elif first == "baffle":
+            name = inside.removeprefix(below)
+            first = name.split("/", 1)[0] if inside.startswith(below) else ""
+            if first == "baffle":
                 code[name] = digest
             elif first in owners:
                 owned[owners[first]][name] = digest
             else:
                 interpreter[inside] = digest
-        for name, its_files in {"baffle": code, **owned}.items():
-            if not its_files:
-                raise ConfigError(f"no file of the package {name} is in the sandbox, below {site}")
+        if not code:
+            raise ConfigError(f"no file of baffle is in the sandbox, below {site}")
         return cls(
             code,
             interpreter,
-            {name: (version, _hash(owned[name])) for name, version in versions.items()},
+            {name: (version, _hash(owned[name])) for name, version in versions.items() if owned[name]},
             _hash(hashes_of({"": bundle})),
             dict(config),
             dict(limits),
