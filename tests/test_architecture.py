@@ -29,12 +29,12 @@ ROWS = """
     kernels.winograd secagg.messages
     kernels.layers secagg.client secagg.server
     perturbations runtimes.graph models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
-    runtimes runtimes.sources runtimes.simplify runtimes.objective runtimes.arrays models data.pickles data.picture
-    runtimes.onebyone runtimes.lowrank runtimes.modules bundle
-    runtimes.batched runtimes.steps
-    runtimes.program
-    runtimes.sweeps runtimes.tangent
-    estimator runtimes.torch runtimes.onnx runtimes.pruned runtimes.cache data.dataset
+    runtimes runtimes.activations runtimes.sources runtimes.simplify runtimes.objective runtimes.arrays models
+    runtimes.onebyone runtimes.lowrank runtimes.schedule runtimes.strips runtimes.modules bundle data.pickles
+    runtimes.batched runtimes.steps runtimes.convolutions data.picture
+    runtimes.program runtimes.operators
+    runtimes.sweeps runtimes.tangent runtimes.network
+    estimator runtimes.torch runtimes.numpy runtimes.onnx runtimes.pruned runtimes.cache data.dataset
     plan data.folders
     terms local downlink data.hub
     aggregation vectors

@@ -18,6 +18,7 @@ from baffle.estimator import Measurement, SteinEstimator
 from baffle.local import Sgd, clip_inf_norm, optimizer_for
 from baffle.plan import LocalSteps, LocalTraining, ModelMessage, RoundPlan, RoundResult, weights_digest
 from baffle.runtimes import Batch, Runtime
+from baffle.runtimes.sources import Source
 from baffle.stream import Stream, derive_seed, seed_from
 from baffle.terms import Terms
 
@@ -47,14 +48,16 @@ class Download:
 
     The clients check the weights against the plan's digest, once for each runtime; ``fitting`` is one for
     which that is done. ``weights`` (n,) float32 cannot be written to; stages before ``answer`` need none.
+    They may be any source that the runtimes take: a file, say, which is then read in slices.
     """
 
     def __init__(
-        self, plan: RoundPlan, weights: NDArray[np.float32] | None = None, *, fitting: Runtime | None = None
+        self, plan: RoundPlan, weights: Source | None = None, *, fitting: Runtime | None = None
     ) -> None:
         self.plan = plan
-        self.weights = np.empty(0, np.float32) if weights is None else weights
-        self.weights.setflags(write=False)
+        self.weights: Source = np.empty(0, np.float32) if weights is None else weights
+        if isinstance(self.weights, np.ndarray):
+            self.weights.setflags(write=False)
         self._fitting: dict[int, Runtime] = {}  # by id; held, so that no other runtime can take the id
         if fitting is not None:
             self._fitting[id(fitting)] = fitting
@@ -178,7 +181,8 @@ class Client:
         with np.errstate(over="ignore"):
             return values.astype(np.float32, copy=False)
 
-    def _checked(self, download: Download) -> NDArray[np.float32]:
+    def _checked(self, download: Download) -> Any:
+        """The weights: an array, or whatever source this client's runtime was given them as."""
         if not download.fits(self.runtime):
             raise DigestMismatchError(
                 f"client {self.name}: the weights at hand are not those of round {download.plan.round}'s "
@@ -237,7 +241,7 @@ class Client:
                 f"all K = {plan.estimator.directions}"
             )
         each, step = steps.each(estimator), Sgd(steps.learning_rate)
-        weights, found = start.copy(), list[Measurement]()
+        weights, found = start[:].copy(), list[Measurement]()
         for t in range(steps.count):
             first = t * each.directions
             batch = self.samples.batch(self._indices(plan.round * steps.count + t, plan.batch_size))
@@ -268,6 +272,7 @@ class Client:
         self, plan: RoundPlan, local: LocalTraining, start: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """The update W_c − W after ``local.epochs`` passes over the client's own samples."""
+        start = start[:]  # all of it, whatever source it is
         weights, step = start.copy(), optimizer_for(local)
         seed = derive_seed(plan.seed, "local", self.name, plan.round)
         losses, passes = [], 0

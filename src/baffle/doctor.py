@@ -41,13 +41,14 @@ def report() -> Iterator[str]:
     yield f"  cuda              {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen'}"
     yield "correlation of slopes with the exact directional derivative (LeNet, 32 samples of 8×8, K = 48):"
     yield f"  {'arithmetic':<10} {'scheme':<8} " + " ".join(f"σ={sigma:<7g}" for sigma in SIGMAS) + "  usable"
-    from baffle.runtimes.torch import USABLE_SIGMA
+    from baffle.runtimes import USABLE_SIGMA
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for scheme in ("central", "forward"):
             cells = " ".join(f"{slope_correlation(dtype, scheme, sigma):<9.4f}" for sigma in SIGMAS)
-            usable = f"σ ≥ {USABLE_SIGMA[dtype]:g}" if scheme == "central" else ""
-            yield f"  {str(dtype).removeprefix('torch.'):<10} {scheme:<8} {cells}  {usable}".rstrip()
+            name = str(dtype).removeprefix("torch.")
+            usable = f"σ ≥ {USABLE_SIGMA[name]:g}" if scheme == "central" else ""
+            yield f"  {name:<10} {scheme:<8} {cells}  {usable}".rstrip()
 
 
 def slope_correlation(dtype: object, scheme: str, sigma: float, directions: int = 48) -> float:

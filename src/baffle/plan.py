@@ -20,6 +20,7 @@ from baffle.digests import sha256
 from baffle.errors import ConfigError, MessageError
 from baffle.estimator import SCHEMES, SteinEstimator
 from baffle.perturbations import Layout, perturbation_from_spec
+from baffle.runtimes.sources import Source, chunks
 from baffle.stream import SEED_BYTES, Stream
 from baffle.wire import DIGEST_BYTES, Reader, check_row, check_u64, choice, decoding, header
 
@@ -29,13 +30,17 @@ LocalOptimizer = Literal["sgd", "adam"]
 LOCAL_OPTIMIZERS: tuple[LocalOptimizer, ...] = get_args(LocalOptimizer)
 
 
-def weights_digest(weights: NDArray[np.float32], layout: Layout, frozen_digest: bytes) -> bytes:
-    """SHA-256 (32 bytes) of a whole model: names and shapes, what is frozen, and the weights' bytes."""
+def weights_digest(weights: Source, layout: Layout, frozen_digest: bytes) -> bytes:
+    """SHA-256 (32 bytes) of a whole model: names and shapes, what is frozen, and the weights' bytes.
+
+    ``weights`` is an array (n,) or any other source, which is read in slices.
+    """
     h = sha256(b"baffle weights v1" + frozen_digest)
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         data = name.encode()
         h.update(struct.pack("<I", len(data)) + data + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
-    h.update(np.ascontiguousarray(weights, dtype="<f4").data)
+    for part in chunks(weights):
+        h.update(np.ascontiguousarray(part, dtype="<f4").data)
     return h.digest()
 
 

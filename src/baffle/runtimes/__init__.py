@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 from baffle.perturbations import Layout, Perturbation
 from baffle.stream import Stream
 
+# The smallest σ whose slopes still follow the exact directional derivative (correlation ≥ 0.99; LeNet,
+# central), by the coarsest type in the forward pass. `baffle doctor` measures them on this machine.
+USABLE_SIGMA = {"float64": 1e-8, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+
 
 class Batch(NamedTuple):
     """Samples of one loss evaluation: ``inputs`` (B, ...) and ``targets`` (B, ...).
