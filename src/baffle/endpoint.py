@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import struct
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,12 +14,22 @@ from numpy.typing import NDArray
 from baffle.aggregation import ANSWER
 from baffle.client import Client, Download
 from baffle.downlink import HalfModel, Holding, receive
-from baffle.errors import BaffleError, DigestMismatchError, LimitError, MessageError, SecurityError
-from baffle.exchange import HELLO, TICKET_BYTES, Envelope, Reply, Status
+from baffle.errors import (
+    BaffleError,
+    DataError,
+    DigestMismatchError,
+    LimitError,
+    MessageError,
+    SecurityError,
+)
+from baffle.exchange import HELLO, TICKET_BYTES, Envelope, FilePackage, Package, Reply, Status
 from baffle.plan import ModelMessage, RoundPlan, weights_digest
 from baffle.runtimes import Runtime
+from baffle.runtimes.sources import StoredWeights
 
 _log = logging.getLogger("baffle")
+_WHOLE_HEAD = 14  # bytes of a model before its numbers: header and n
+_PIECE = 1 << 16  # weights received at once
 
 
 class Receiver(Protocol):
@@ -27,9 +40,9 @@ class Receiver(Protocol):
         ...
 
     def receive(
-        self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: bytes
-    ) -> tuple[Holding, Download]:
-        """``received``."""
+        self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: Package
+    ) -> tuple[Holding | None, Download]:
+        """``received``; what is held may be None after a whole model, which is kept for nothing."""
         ...
 
 
@@ -48,13 +61,64 @@ class Alone:
         return RoundPlan.decode(data)
 
     def receive(
-        self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: bytes
-    ) -> tuple[Holding, Download]:
+        self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: Package
+    ) -> tuple[Holding | None, Download]:
         return received(runtime, holding, plan, package)
 
 
+class Stored:
+    """The receiver of a device that has no room for a model: what came goes to a file, piece by piece.
+
+    The weights of the ``Download`` are ``StoredWeights`` at ``path``, which each round writes anew, once they
+    are proven by the plan's digest. That is so for whole models; others are received as by ``Alone``. Memory:
+    some hundred kilobytes. Raises DataError where the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def plan(self, data: bytes) -> RoundPlan:
+        return RoundPlan.decode(data)
+
+    def receive(
+        self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: Package
+    ) -> tuple[Holding | None, Download]:
+        if not _is_whole(package):
+            return received(runtime, holding, plan, package)
+        layout = runtime.layout
+        form = np.dtype("<f4" if package[5:6] == bytes([ModelMessage.KIND]) else "<f2")
+        head, size = bytes(package[:_WHOLE_HEAD]), _WHOLE_HEAD + form.itemsize * layout.n
+        if head != _whole_head(head, layout.n) or len(package) != size:
+            raise _elsewhere(plan)
+
+        def pieces() -> Iterator[NDArray[np.float32]]:
+            step = form.itemsize * _PIECE
+            for at in range(_WHOLE_HEAD, size, step):
+                values = np.frombuffer(package[at : min(at + step, size)], form).astype(np.float32)
+                if not np.isfinite(values).all():
+                    raise MessageError("a model that holds a number that is not finite")
+                yield values
+
+        try:
+            weights = StoredWeights.write(self._path, pieces())
+        except OSError as error:
+            raise DataError(f"cannot write {self._path}: {error.strerror or error}") from error
+        if weights_digest(weights, layout, runtime.frozen_digest) != plan.weights_digest:
+            weights.close()
+            raise _elsewhere(plan)
+        return None, Download(plan, weights, fitting=runtime)
+
+
+def _whole_head(head: bytes, n: int) -> bytes:
+    return head[:6] + struct.pack("<Q", n)
+
+
+def _elsewhere(plan: RoundPlan) -> DigestMismatchError:
+    return DigestMismatchError(f"the model that came is not that of round {plan.round}'s plan")
+
+
 def received(
-    runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: bytes
+    runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: Package
 ) -> tuple[Holding, Download]:
     """What a client holds after a package, and the download it measures at.
 
@@ -68,7 +132,11 @@ def received(
 
     if holding is None and not _is_whole(package):
         holding = Holding.first(runtime.weights())
-    found = receive(holding, plan, package, layout, digest)
+    if isinstance(package, FilePackage):
+        package = package.load()
+    if not _is_whole(package):
+        package = bytes(package)  # which others read that take no view
+    found = receive(holding, plan, package, layout, digest)  # type: ignore[arg-type]
     return found, Download(plan, found.weights, fitting=runtime)
 
 
@@ -93,7 +161,7 @@ class Endpoint:
         Cost: that of ``Client.reply``, and of replaying steps where they are what came.
         """
         try:
-            envelope = Envelope.decode(data)
+            envelope = Envelope.decode(memoryview(data))
         except BaffleError as error:
             return Reply.explaining(bytes(TICKET_BYTES), "malformed", error).encode()
         return self.reply(envelope)
@@ -130,7 +198,7 @@ class Endpoint:
         return self.client.reply(ANSWER, envelope.request, download)
 
 
-def _is_whole(package: bytes) -> bool:
+def _is_whole(package: Package) -> bool:
     """Whether it is a model for this round alone: it needs nothing before, and is kept for nothing after."""
     return package[5:6] in (bytes([ModelMessage.KIND]), bytes([HalfModel.KIND]))
 

@@ -6,11 +6,14 @@ bytes travel. A reply names its envelope by a hash: one that is repeated, late o
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
+
+import numpy as np
 
 from baffle.digests import sha256
 from baffle.errors import ConfigError, LimitError, MessageError
@@ -21,6 +24,7 @@ HELLO = "hello"  # the stage in which a device says its name: no plan, no reques
 TICKET_BYTES = 16
 _LONGEST_NAME = 64  # of a stage
 _LONGEST_TEXT = 500  # of a reason, in bytes
+_MODEL_HEAD = 14  # bytes before the numbers of a model, of either precision
 
 Status = Literal["answer", "digest", "refused", "failed", "malformed", "limited"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -33,6 +37,40 @@ _LIMIT = re.compile(
 )
 
 
+class FilePackage:
+    """A package that lies in an open file, and is read where it is asked for: ``package[a:b]``.
+
+    The file is for its opener to close. Raises MessageError where it has become shorter.
+    """
+
+    def __init__(self, file: int, offset: int, size: int) -> None:
+        self._file, self._offset, self._size = file, offset, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, places: slice) -> bytes:
+        start, stop, _ = places.indices(self._size)
+        return bytes(self._read(start, stop, 0))
+
+    def load(self) -> memoryview:
+        """All of it, read-only, so laid out that the numbers of a model lie well. Memory: its size."""
+        return self._read(0, self._size, -_MODEL_HEAD % 8).toreadonly()
+
+    def _read(self, start: int, stop: int, room: int) -> memoryview:
+        wanted = np.empty(room + max(stop - start, 0), np.uint8).data[room:]
+        at = 0
+        while at < len(wanted):
+            got = os.preadv(self._file, [wanted[at:]], self._offset + start + at)
+            if got == 0:
+                raise MessageError("an envelope that has become shorter while it was read")
+            at += got
+        return wanted
+
+
+Package = bytes | memoryview | FilePackage
+
+
 @dataclass(frozen=True)
 class Envelope:
     """What a device is given: a stage's request, the round's plan, and what makes it hold the weights.
@@ -43,7 +81,7 @@ class Envelope:
     stage: str
     plan: bytes = b""
     request: bytes = b""
-    package: bytes = b""
+    package: Package = b""
 
     KIND: ClassVar[int] = 11
 
@@ -73,18 +111,45 @@ class Envelope:
         return sha256(self._head + name.encode()).digest()[:TICKET_BYTES]
 
     def encode(self) -> bytes:
-        return self._head + self.package
+        return self._head + self.package[:]
 
     @classmethod
-    def decode(cls, data: bytes) -> Envelope:
+    def decode(cls, data: bytes | memoryview) -> Envelope:
+        """Of a memoryview, the package is a part of it, without a copy."""
         r = Reader(data, cls.KIND)
         with decoding("an envelope"):
-            stage = r.take(r.integer("B")).decode("ascii")
-            plan = r.take(r.integer("I"))
-            request = r.take(r.integer("I"))
-            package = r.take(r.integer("Q"))
+            head = _head_of(r)
+            package = r.view(r.integer("Q"))
             r.end()
-            return cls(stage, plan, request, package)
+            return cls(*head, package)
+
+    @classmethod
+    def read(cls, file: int) -> Envelope:
+        """Of an open file, in which the package stays: a ``FilePackage``.
+
+        Raises MessageError for what is none, OSError where it cannot be read. Memory: twice the head's size.
+        """
+        size, some = os.fstat(file).st_size, 1 << 16
+        while True:
+            r = Reader(os.pread(file, min(some, size), 0), cls.KIND)
+            try:
+                with decoding("an envelope"):
+                    head = _head_of(r)
+                    length = r.integer("Q")
+            except MessageError:
+                if some >= size:
+                    raise
+                some *= 4
+                continue
+            if r.at + length != size:
+                raise MessageError(f"an envelope of {r.at + length} bytes in a file of {size}")
+            with decoding("an envelope"):
+                return cls(*head, FilePackage(file, r.at, length))
+
+
+def _head_of(r: Reader) -> tuple[str, bytes, bytes]:
+    """Stage, plan and request."""
+    return r.take(r.integer("B")).decode("ascii"), r.take(r.integer("I")), r.take(r.integer("I"))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from baffle.client import Client, Download
 from baffle.downlink import Holding
 from baffle.endpoint import Endpoint, received
 from baffle.errors import ConfigError, DigestMismatchError, SecurityError
-from baffle.exchange import Envelope, Reply
+from baffle.exchange import Envelope, Package, Reply
 from baffle.federation import Drops, Outcome, RoundRecord, run
 from baffle.plan import RoundPlan
 from baffle.runtimes import Runtime
@@ -120,7 +120,7 @@ class _Shared:
     def __init__(self) -> None:
         self._plan: tuple[bytes, RoundPlan] | None = None
         self._round = -1
-        self._found: list[tuple[Runtime, Holding | None, bytes, tuple[Holding, Download]]] = []
+        self._found: list[tuple[Runtime, Holding | None, Package, tuple[Holding, Download]]] = []
 
     def plan(self, data: bytes) -> RoundPlan:
         if self._plan is None or self._plan[0] != data:
@@ -128,7 +128,7 @@ class _Shared:
         return self._plan[1]
 
     def receive(
-        self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: bytes
+        self, runtime: Runtime, holding: Holding | None, plan: RoundPlan, package: Package
     ) -> tuple[Holding, Download]:
         if plan.round != self._round:
             self._round, self._found = plan.round, []

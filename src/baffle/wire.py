@@ -20,10 +20,14 @@ DIGEST_BYTES = 32
 class Cursor:
     """Takes bytes apart from the front. Raises MessageError where they end too soon, or do not end."""
 
-    def __init__(self, data: bytes, at: int = 0) -> None:
+    def __init__(self, data: bytes | memoryview, at: int = 0) -> None:
         self.data, self.at = data, at
 
     def take(self, size: int) -> bytes:
+        return bytes(self.view(size))
+
+    def view(self, size: int) -> bytes | memoryview:
+        """As ``take``, without a copy where the data are a memoryview."""
         if self.at + size > len(self.data):
             raise MessageError(f"message cut short at byte {len(self.data)}")
         self.at += size
@@ -39,12 +43,17 @@ class Cursor:
         return float(self.unpack("d")[0])
 
     def array(self, dtype: str, count: int) -> NDArray[Any]:
-        """A copy in this machine's byte order: in a message, numbers lie where they fall."""
+        """Numbers in this machine's byte order: a copy, since in a message they lie where they fall.
+
+        Of a read-only memoryview in which they happen to lie well, the numbers themselves.
+        """
         form, start = np.dtype(dtype), self.at
         if start + form.itemsize * count > len(self.data):
             raise MessageError(f"message cut short at byte {len(self.data)}")
         self.at += form.itemsize * count
-        return np.frombuffer(self.data, form, count, start).astype(form.newbyteorder("="))
+        found = np.frombuffer(self.data, form, count, start)
+        shared = isinstance(self.data, memoryview) and self.data.readonly and found.flags.aligned
+        return found.astype(form.newbyteorder("="), copy=not shared)
 
     def end(self) -> None:
         if self.at != len(self.data):
@@ -54,7 +63,7 @@ class Cursor:
 class Reader(Cursor):
     """Takes a message of one kind apart. Raises MessageError for what is none."""
 
-    def __init__(self, data: bytes, kind: int) -> None:
+    def __init__(self, data: bytes | memoryview, kind: int) -> None:
         start = header(kind)
         if data[:4] != MAGIC:
             raise MessageError("these bytes are no BAFFLE message")
