@@ -33,7 +33,7 @@ HEAVY = {
     *("asyncio", "concurrent.futures", "multiprocessing", "subprocess", "socket", "http", "urllib.request"),
     *("email", "xml", "sqlite3", "unittest", "pydoc", "argparse", "statistics"),
 }
-DEVICE = "import baffle, baffle.bundle\nbaffle.Client, baffle.Endpoint, baffle.Privacy, baffle.Gaussian"
+DEVICE = "import baffle, baffle.bundle, baffle.data.local\nbaffle.Client, baffle.Endpoint, baffle.Privacy, baffle.Gaussian"
 
 
 def loaded(code):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,8 @@ from baffle.data.files import children, why
 from baffle.errors import BaffleError, ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
+    import zipfile
+
     from PIL.Image import Image
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -223,6 +224,8 @@ def channels_first(path: Path, x: NDArray[np.generic]) -> NDArray[np.generic]:
 
 def read_npz(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[np.generic]]:
     """The wanted arrays that an .npz holds, none of them larger than its file says and than 4 GiB."""
+    import zipfile  # with what it imports 1 MB of a device whose data are other files
+
     arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,8 @@ def load_pickle(path: Path, limit: int = FLAT_FILE_LIMIT) -> dict[str, Any]:
 
 
 def _scan(content: bytes) -> None:
+    import pickletools  # a book about opcodes: not in the memory of those who read no pickle
+
     calls = 0
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name not in _OPCODES:

@@ -11,7 +11,6 @@ import inspect
 import math
 import os
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -83,6 +82,8 @@ def digits(size: int = 8) -> Pair:
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
     Learning Repository, 1998 (CC BY 4.0): its test part, as scikit-learn's ``load_digits`` has it.
     """
+    from importlib import resources
+
     with resources.files("baffle.data").joinpath("digits.npz").open("rb") as file:
         stored = np.load(file, allow_pickle=False)
         images, targets = stored["images"][:, None], stored["targets"].astype(np.int64)
