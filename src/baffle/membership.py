@@ -94,8 +94,12 @@ def seal(
     accountant: Accountant | None,
     ledger: Ledger | None = None,
     job: bytes | None = None,
+    least: int | None = None,
 ) -> Seal:
-    """A client's half of secure sums: it insists on what the config promises, its noise included."""
+    """A client's half of secure sums: it insists on what the config promises, its noise included.
+
+    ``least``: on that many honest clients at least in whatever can be opened, too.
+    """
     from baffle.secure import SecureSeal
 
     noise = config.noise_multiplier or 0.0
@@ -104,7 +108,30 @@ def seal(
     elif config.target_epsilon is not None:
         raise ConfigError("on a device, say the noise multiplier that target-epsilon came to, not the ε")
     policy = sums(config).policy
+    policy = dataclasses.replace(policy, least=max(policy.least, least or 0))
     return SecureSeal(name, identity, roster, policy, least_noise=noise, ledger=ledger, job=job)
+
+
+def device_seal(
+    config: TrainConfig,
+    name: str,
+    identity: Identity | None,
+    ledger: Ledger | None = None,
+    least: int | None = None,
+) -> Seal | None:
+    """``seal`` of a device, by the config's roster and for the job of its seed; None for sums in the clear.
+
+    Raises ConfigError where the key is missing or is not the roster's, SecurityError for a name that is not
+    on it.
+    """
+    roster, _ = identities(config, None)
+    if roster is None:
+        return None
+    if identity is None:
+        raise ConfigError(f"client {name}: secure sums need its key: --identity FILE")
+    if roster.keys[roster.place(name)] != identity.public:
+        raise ConfigError(f"client {name}: its key is not the one that the roster {config.roster} has")
+    return seal(config, name, identity, roster, None, ledger, job=job_name(config), least=least)
 
 
 def _privacy(config: TrainConfig, samples: int, clients: int, rounds: int, shares: int) -> Privacy | None:

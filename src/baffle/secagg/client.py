@@ -204,7 +204,7 @@ class ClientSession:
         return int(present[:mine].sum()), count
 
     def _establish(self, r: Reader) -> _Session:
-        opening, introduction = self._begun(), hash_of(r.data[r.at :])
+        opening, introduction = self._begun(), hash_of(bytes(r.data[r.at :]))
         offer, settings = opening.offer, opening.offer.settings
         members = places(offer.members)
         present = r.flags(len(members))
