@@ -7,27 +7,27 @@ bytes), with the value v of the root's counter that it belongs to inside what is
 
 ``SealedState`` keeps such a blob in a file, whole at every moment: where the counter is c, seal at c + 1,
 write, fsync, rename, and only then advance the counter to c + 1. What depends on a state (an answer, a line
-of a ledger) leaves after that. So the counter can lag behind the file, and never runs ahead of it:
+of a ledger) leaves after that. So the counter can lag one behind the file, and never runs ahead of it:
 
 - killed before the rename: file and counter are those before, and nothing has left;
 - killed between rename and advance: the file is one ahead. It is accepted, or the state would be lost.
 
-That has a price. Whoever cuts the power there keeps a blob at c + 1 of which nothing has left, puts the one
-at c back, lets it go on, and has two blobs of one value. So a state that is opened is sealed again, two
-ahead, before it is used (``resume``): no later state gets the value of one that was withheld. Accepted is
-c ≤ v ≤ c + 2; a smaller v is a roll-back, a larger one a counter that was put back. What was released is then
-in every blob that is ever accepted again, as long as the counter does not go back.
+That has a price. Whoever cuts the power there keeps a blob at c + 1 of which nothing has left, and puts the
+one at c back; if that went on to c + 1 and released something, there would be two blobs of one value. So a
+state that is opened is first sealed again at c + 1, and the counter advanced (``resume``): its first release
+is at c + 2 or later, where no older blob is. Accepted is v = c or c + 1; below is a roll-back, above a counter
+that was put back. What was released is then in every blob that is ever accepted again, as long as the counter
+does not go back. (``tests/test_enclave_sealing.py`` searches for a way around.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from baffle import durable
 from baffle.enclave.evidence import AttestationError, Root
 from baffle.errors import DataError, SecurityError
 from baffle.secagg.primitives import derive, open_sealed, random_bytes
@@ -80,7 +80,7 @@ def _check_age(blob: bytes, counter: int) -> int:
     at = sealed_at(blob)
     if at < counter:
         raise AttestationError(f"rolled back: a state sealed at {at}, where the counter is {counter}")
-    if at > counter + AHEAD:
+    if at > counter + 1:
         raise AttestationError(f"the counter was put back: it is {counter}, and the state was sealed at {at}")
     return at
 
@@ -105,7 +105,7 @@ class SealedState:
         if self._path.exists():
             raise DataError(f"{self._path} is there already: a state is never started over an older one")
         counter = self._root.counter()
-        self._write(counter + AHEAD, seal(counter + AHEAD))
+        self._write(counter + 1, seal(counter + 1))
 
     def resume(self, reseal: Callable[[bytes, int], bytes]) -> None:
         """The state on disk. ``reseal``: blob and value → the same state, sealed for that value.
@@ -121,7 +121,7 @@ class SealedState:
             raise DataError(f"cannot read the state {self._path}: {error.strerror}") from error
         counter = self._root.counter()
         _check_age(blob, counter)
-        self._write(counter + AHEAD, reseal(blob, counter + AHEAD))
+        self._write(counter + 1, reseal(blob, counter + 1))
 
     def save(self, seal: Callable[[int], bytes]) -> None:
         """The state as it is now. What depends on it may leave when this returns, and not before."""
@@ -147,24 +147,9 @@ class SealedState:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """``data`` at ``path``, mode 0600, on disk when it returns; after a crash, all of it or what was."""
+    """``data`` at ``path``, on disk when it returns; after a crash, all of it or what was there. DataError."""
     try:
-        file, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
-        try:
-            with os.fdopen(file, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        durable.write(path, (data,))
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
 
