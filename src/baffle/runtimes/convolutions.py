@@ -29,7 +29,8 @@ class Windows:
         self.pad: tuple[int, int, int, int] = node.setting("pad")
         self.dilation: tuple[int, int] = node.setting("dilation")
         row = max(1, self.width * each)
-        self.rows = min(self.height, max(1, STRIP // row))
+        strips = -(-self.height // min(self.height, max(1, STRIP // row)))
+        self.rows = -(-self.height // strips)  # strips of one height: a low one multiplies slowly
         self.samples = max(1, STRIP // (row * self.height)) if self.rows == self.height else 1
         self.pixels = self.samples * self.rows * self.width  # of a strip, at most
         wide = (self.width - 1) * self.stride[1] + (kernel[1] - 1) * self.dilation[1] + 1

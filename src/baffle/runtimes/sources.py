@@ -6,7 +6,6 @@ view that nobody writes to. A NumPy array is one. What is read in slices is neve
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -17,10 +16,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from baffle import durable
 from baffle.errors import ConfigError, DataError
 from baffle.perturbations import Layout
 
 STORAGES = ("float32", "float16", "bfloat16", "int8")
+_INFINITE = 0x7F80  # the exponent of bfloat16's infinities
 CHUNK = 1 << 16  # parameters of a source that are read at once
 
 
@@ -78,29 +79,16 @@ class StoredWeights:
 
     @classmethod
     def write(cls, path: str | PathLike[str], chunks: Iterable[NDArray[np.float32]]) -> Self:
-        """Writes the file whole or not at all: beside its place, synced, then moved there."""
-        path = Path(path)
-        # Not by tempfile, which costs a device 1 MB with what it imports.
-        name = path.parent / f".{path.name}.{os.urandom(8).hex()}"
-        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            n = 0
-            with os.fdopen(handle, "wb") as file:
-                for chunk in chunks:
-                    file.write(np.ascontiguousarray(chunk, dtype="<f4").data)
-                    n += len(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        """Writes the file whole or not at all (``durable.write``)."""
+        n = 0
+
+        def parts() -> Iterator[memoryview]:
+            nonlocal n
+            for chunk in chunks:
+                n += len(chunk)
+                yield np.ascontiguousarray(chunk, dtype="<f4").data
+
+        durable.write(Path(path), parts())
         return cls(path, n)
 
     def __len__(self) -> int:
@@ -190,6 +178,8 @@ class PackedWeights:
                     scale[at // width : at // width + len(own)] = own
                 elif storage == "bfloat16":
                     packed[:] = to_bfloat16(values)
+                    if ((packed & _INFINITE) == _INFINITE).any():
+                        raise DataError(f"{name} holds a weight above bfloat16's range: use int8")
                 else:
                     with np.errstate(over="ignore"):
                         packed[:] = values

@@ -18,7 +18,7 @@ from baffle.runtimes.graph import Node, Shape
 
 Array = NDArray[Any]
 
-STRIP = 1 << 16  # elements that are worked on together
+STRIP = 1 << 17  # elements that are worked on together
 _RUN = 512  # elements of an inner loop; in shorter ones its start shows
 
 
