@@ -15,9 +15,9 @@ of a ledger) leaves after that. So the counter can lag one behind the file, and 
 That has a price. Whoever cuts the power there keeps a blob at c + 1 of which nothing has left, and puts the
 one at c back; if that went on to c + 1 and released something, there would be two blobs of one value. So a
 state that is opened is first sealed again at c + 1, and the counter advanced (``resume``): its first release
-is at c + 2 or later, where no older blob is. Accepted is v = c or c + 1; below is a roll-back, above a counter
-that was put back. What was released is then in every blob that is ever accepted again, as long as the counter
-does not go back. (``tests/test_enclave_sealing.py`` searches for a way around.)
+is at c + 2 or later, where no older blob is. Accepted is v = c or c + 1; below is a roll-back, above it a
+counter that was put back. What was released is then in every blob that is ever accepted again, as long as the
+counter does not go back. (``tests/test_enclave_sealing.py`` searches for a way around.)
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class SealedState:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """``data`` at ``path``, on disk when it returns; after a crash, all of it or what was there. DataError."""
+    """``data`` at ``path``, on disk when it returns. Raises DataError where the disk refuses."""
     try:
         durable.write(path, (data,))
     except OSError as error:
