@@ -79,15 +79,16 @@ def process(name: str, folder: Path, directions: int, seconds: float) -> list[fl
     network, _, what = name.rpartition(", ")
     arguments = [what, network, str(folder / network), str(directions), str(seconds)]
     threads = {f"{kind}_NUM_THREADS": "1" for kind in ("OMP", "MKL", "OPENBLAS")}
-    here = Path(__file__).parent
+    here, bytecode = str(Path(__file__).parent), folder / "bytecode"
     environment = {
-        **{key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"},
+        **os.environ,
         **threads,
         "BAFFLE_KERNELS": "0",  # a device has no numba
-        # As installed: a process that compiles what it imports needs more.
-        "PYTHONPYCACHEPREFIX": str(folder / "bytecode"),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(here), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))),
     }
+    if bytecode.exists():
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
     code = f"import memory_cell; memory_cell.main({arguments!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600
@@ -107,7 +108,8 @@ def measure(
 ) -> Cells:
     """Peak memory and times of cells by name; a cell that cannot be run says why.
 
-    ``warm``: a first turn writes the bytecode of what is imported, and counts for nothing.
+    ``warm``: a first turn, which counts for nothing, writes the bytecode of what is imported, as an
+    installation has it: a process that compiles what it imports needs more memory.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in names}
     failed: dict[str, str] = {}
@@ -116,8 +118,9 @@ def measure(
         for network in sorted({name.rpartition(", ")[0] for name in names} - {""}):
             (folder / network).mkdir()
             process(f"{network}, prepare", folder, 0, 0)
-        small = [name for name in names if not name.startswith("mobilenet")]
-        for name in small if warm else ():
+        if warm:
+            (folder / "bytecode").mkdir()
+        for name in (name for name in names if warm and not name.startswith("mobilenet")):
             with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
                 process(name, folder, 1, 0)
         for turn in range(turns):
@@ -164,11 +167,11 @@ def _ratio(over: float, under: float) -> float:
 HEADS = (
     "batch 32, K = 20",
     "peak, MB",
-    "of backprop",
+    "of backprop's",
     "forward pass, ms",
-    "beside eager torch",
-    "a pass of the round",
-    "making directions",
+    "× eager torch",
+    "a pass in the round, × eager torch",
+    "of which making directions",
 )
 
 

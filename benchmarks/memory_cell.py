@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from baffle.bundle import Bundle
     from baffle.runtimes import Batch, Runtime
 
 NAN = float("nan")
@@ -155,30 +154,25 @@ def torch_forward(network: str, folder: str, directions: int) -> tuple[float, ..
 def numpy_runtime(
     network: str, folder: str, directions: int, seconds: float, mode: str, storage: str
 ) -> tuple[float, ...]:
-    from baffle.runtimes.numpy import NumpyRuntime
-
     from baffle.bundle import Bundle
+    from baffle.runtimes.numpy import NumpyRuntime
 
     bundle = Bundle.read(f"{folder}/bundle")
     runtime = NumpyRuntime(bundle, mode=mode, storage=storage)
-    return answered(runtime, weights_of(bundle, mode), Images(folder), directions, runtime.outputs, seconds)
+    # What is not in memory as float32 is read where it lies.
+    weights = bundle.weights() if storage == "float32" and mode in ("full", "layer") else bundle.stored()
+    return answered(runtime, weights, Images(folder), directions, runtime.outputs, seconds)
 
 
 def onnx_runtime(
     network: str, folder: str, directions: int, seconds: float, micro_batch: int
 ) -> tuple[float, ...]:
-    from baffle.runtimes.onnx import OnnxRuntime
-
     from baffle.bundle import Bundle
+    from baffle.runtimes.onnx import OnnxRuntime
 
     bundle = Bundle.read(f"{folder}/bundle")
     runtime = OnnxRuntime(bundle, micro_batch=micro_batch)
     return answered(runtime, bundle.weights(), Images(folder), directions, runtime.outputs, seconds)
-
-
-def weights_of(bundle: Bundle, mode: str) -> Any:
-    """In ``stream`` and ``kernel`` they stay on disk."""
-    return bundle.stored() if mode in ("stream", "kernel") else bundle.weights()
 
 
 def answered(
@@ -228,6 +222,7 @@ def answered(
 def prepare(network: str, folder: str) -> None:
     """Writes the bundle and a batch of random images; their content does not matter for memory."""
     import numpy as np
+
     from baffle.export import from_torch
 
     channels, side, classes = NETWORKS[network]

@@ -33,7 +33,10 @@ HEAVY = {
     *("asyncio", "concurrent.futures", "multiprocessing", "subprocess", "socket", "http", "urllib.request"),
     *("email", "xml", "sqlite3", "unittest", "pydoc", "argparse", "statistics"),
 }
-DEVICE = "import baffle, baffle.bundle, baffle.data.local\nbaffle.Client, baffle.Endpoint, baffle.Privacy, baffle.Gaussian"
+DEVICE = """
+import baffle.bundle, baffle.data.local, baffle.runtimes.numpy
+from baffle import Client, Endpoint, Gaussian, Privacy
+"""
 
 
 def loaded(code):
@@ -68,6 +71,43 @@ def test_a_device_imports_nothing_that_is_heavy():
     found = loaded(DEVICE)
     assert {"baffle.client", "baffle.endpoint", "numpy"} <= found
     assert found & HEAVY == set()
+
+
+ROUND = """
+import numpy as np
+from baffle import Batch, Client, Endpoint, Layout, ModelMessage, RoundPlan, RoundResult, SteinEstimator
+from baffle.bundle import Bundle, frozen_digest
+from baffle.plan import weights_digest
+from baffle.runtimes.graph import Graph, Node
+from baffle.runtimes.numpy import NumpyRuntime
+
+class Images:
+    def __len__(self):
+        return 6
+
+    def batch(self, indices):
+        images = np.arange(6 * 16, dtype=np.uint8).reshape(6, 1, 4, 4)
+        return Batch(images[indices], indices % 3)
+
+flat = Node("flatten", "flat", (0,), (), ())
+last = Node("linear", "last", (1,), (("weight", "last.weight"), ("bias", "last.bias")), ())
+layout, one = Layout(("last.weight", "last.bias"), ((3, 16), (3,))), np.full(1, 1 / 255, np.float32)
+bundle = Bundle(
+    name="small", layout=layout, frozen={}, frozen_digest=frozen_digest({}), input_shape=(1, 4, 4),
+    classes=("a", "b", "c"), scale=one, shift=one, graph=Graph((1, 4, 4), (flat, last), "cross-entropy"),
+)
+runtime, weights = NumpyRuntime(bundle), np.linspace(-1, 1, 51, dtype=np.float32)
+digest = weights_digest(weights, layout, runtime.frozen_digest)
+plan = RoundPlan(0, bytes(32), SteinEstimator(4), digest, 4)
+client = Endpoint(Client("device", runtime, Images())).client
+answer = RoundResult.decode(client.answer(plan.encode(), ModelMessage(weights).encode()))
+assert answer.values.shape == (4,) and np.abs(answer.values).max() > 0
+"""
+
+
+def test_a_device_needs_nothing_heavy_for_a_round():
+    """What functions import when they are called counts too."""
+    assert loaded(ROUND) & HEAVY == set()
 
 
 def test_the_list_of_what_is_heavy_finds_it():
