@@ -35,13 +35,13 @@ ROWS = """
     runtimes.program runtimes.operators
     runtimes.sweeps runtimes.tangent runtimes.network
     estimator runtimes.torch runtimes.numpy runtimes.onnx runtimes.pruned runtimes.cache data.dataset
-    plan data.folders
+    plan data.folders onnx_graph
     terms local downlink data.hub
     aggregation vectors
     client server secure identities data.sources
     endpoint federation checkpoint membership data.local
     data
-    simulation device drop limits runs export
+    simulation device drop limits runs export onnx_import
     enclave enclave.evidence enclave.seccomp
     enclave.sandbox enclave.channel enclave.manifest enclave.sealing
     enclave.worker enclave.software enclave.tpm
@@ -79,7 +79,7 @@ INSIDE_FUNCTIONS = {
     "dp_accounting": {"privacy"},
     "prometheus_client": {"prometheus"},
     "onnxruntime": {"runtimes.onnx"},
-    "onnx": {"export"},
+    "onnx": {"export", "onnx_import"},
     "onnxscript": {"export"},
 }
 MOST_LINES = 600

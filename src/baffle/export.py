@@ -21,21 +21,20 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from baffle.agreement import Examining, check_equal
 from baffle.bundle import MODEL, PREFIX, Bundle, frozen_digest
 from baffle.errors import ConfigError, MissingExtraError
-from baffle.perturbations import Gaussian, Layout
-from baffle.runtimes import Batch, Runtime
+from baffle.runtimes import Batch
 from baffle.runtimes.graph import Graph
 from baffle.runtimes.modules import UncoveredError, graph_of
+from baffle.runtimes.numpy import NumpyRuntime
 from baffle.runtimes.objective import Loss
 from baffle.runtimes.onnx import IMAGES, LOGITS, LOSSES, TARGETS, WEIGHT, OnnxRuntime
 from baffle.runtimes.prefix import Prefix, split_frozen_prefix
 from baffle.runtimes.torch import TorchRuntime, cross_entropy
-from baffle.stream import Stream, seed_from
 
 OPSET = 20  # the first with GELU; ONNX Runtime reads it from 1.17 on
 _SAMPLES = 5
-_RTOL = 2e-4  # of a sample's loss: float32 sums in another order, through the deepest network here
 _FEATURES = "features"
 
 
@@ -114,30 +113,10 @@ def from_torch(
         initial=runtime.weights(),
         models=models,
     )
-    checked: list[Runtime] = []  # the numpy runtime joins here
+    checked: list[Examining] = [] if graph is None else [NumpyRuntime(bundle)]
     for other in (*checked, *([OnnxRuntime(bundle)] if models else [])):
         check_equal(runtime, other, batch)
     return bundle
-
-
-def check_equal(wanted: Runtime, got: Runtime, batch: Batch) -> None:
-    """Raises ConfigError where two runtimes disagree about a model: digests, or losses at W and beside it."""
-    name = type(got).__name__
-    if wanted.layout != got.layout or wanted.frozen_digest != got.frozen_digest:
-        raise ConfigError(f"{name} has another layout, or other frozen tensors: plans would not fit it")
-    w, stream = wanted.weights(), Stream(seed_from(0), 0)
-    for scale in (0.0, 0.01):
-        a, b = (_losses(runtime, w, batch, stream, scale) for runtime in (wanted, got))
-        if not np.allclose(a, b, rtol=_RTOL, atol=_RTOL * float(np.abs(a).mean())):
-            worst = float(np.abs(a - b).max())
-            raise ConfigError(
-                f"{name} computes other losses than the module: they differ by up to {worst:.2g}"
-            )
-
-
-def _losses(runtime: Any, w: NDArray[np.float32], batch: Batch, stream: Stream, scale: float) -> NDArray[Any]:
-    rows: NDArray[Any] = runtime.example_losses(w, batch, stream, Gaussian(), range(2), scale)
-    return rows
 
 
 def _check_types(module: nn.Module) -> None:
@@ -277,6 +256,3 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-__all__ = ["Layout", "check_equal", "from_torch", "mse"]
