@@ -30,7 +30,7 @@ ROWS = """
     kernels.layers secagg.client secagg.server
     perturbations runtimes.graph models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
     runtimes runtimes.activations runtimes.sources runtimes.simplify runtimes.objective runtimes.arrays models
-    runtimes.onebyone runtimes.lowrank runtimes.schedule runtimes.strips runtimes.modules bundle data.pickles
+    runtimes.onebyone runtimes.lowrank runtimes.schedule runtimes.strips runtimes.modules bundle agreement data.pickles
     runtimes.batched runtimes.steps runtimes.convolutions data.picture
     runtimes.program runtimes.operators
     runtimes.sweeps runtimes.tangent runtimes.network
