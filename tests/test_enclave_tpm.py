@@ -244,7 +244,7 @@ def test_reading_a_statement_is_total(signed, data):
     for other in (bytes(statement), bytes(statement[:cut]), bytes(statement) + b"x"):
         with contextlib.suppress(tpm.MessageError):
             tpm._quoted(other)
-    _, qualifying, selection, digest = tpm._quoted(signed[0].body[4 : 4 + size])
+    qualifying, selection, digest = tpm._quoted(signed[0].body[4 : 4 + size])
     assert qualifying == signed[0].report_data[:32]
     assert selection == bytes.fromhex("00000001000b03000080")
     assert digest == hashlib.sha256(tpm.extended(CODE)).digest()

@@ -40,7 +40,6 @@ COUNTER = 0x01500023  # in the range that TCG leaves to owners
 QUALIFYING_BYTES = 32
 _SHA256, _ECDSA, _ECC, _P256, _NULL, _KEYEDHASH = 0x000B, 0x0018, 0x0023, 0x0003, 0x0010, 0x0008
 _MAGIC, _QUOTE = 0xFF544347, 0x8018
-_ENDORSEMENT = bytes.fromhex("4000000b")
 _POLICY_PCR = bytes.fromhex("0000017f")
 # fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, restricted, sign; of the sealed key the first two
 _SIGNS, _SEALED = 0x00050072, 0x00000012
@@ -168,8 +167,6 @@ class TpmVerifier:
         if not all(0 <= index < PCR and len(value) == 32 for index, value in self._boot.items()):
             raise ConfigError(f"registers of the start lie in [0, {PCR}), and have 32 bytes")
         self._key = _public_key(public)
-        name = struct.pack(">H", _SHA256) + hashlib.sha256(public).digest()
-        self._signer = struct.pack(">H", _SHA256) + hashlib.sha256(_ENDORSEMENT + name).digest()
 
     def check(self, evidence: Evidence, expected: Expectation) -> None:
         check_claims(evidence, expected, KIND, ASSURANCE)
@@ -179,12 +176,10 @@ class TpmVerifier:
             if len(signed) != size or len(signature) != rest:
                 raise MessageError("a quote cut short, or too long")
             self._check_signature(signed, signature)
-            signer, qualifying, selection, digest = _quoted(signed)
+            qualifying, selection, digest = _quoted(signed)
         except (struct.error, MessageError) as error:
             raise AttestationError(f"a TPM's quote that cannot be read: {error}") from error
         values = self._boot | {PCR: extended(evidence.measurement)}
-        if not same(signer, self._signer):
-            raise AttestationError("a quote by another key than the pinned one")
         if not same(qualifying, evidence.report_data[:QUALIFYING_BYTES]):
             raise AttestationError("a quote for other keys, another nonce or another context")
         if not same(selection, _selected(values)):
@@ -247,10 +242,11 @@ def _public_key(public: bytes) -> ec.EllipticCurvePublicKey:
         raise ConfigError("a public key that is no point of P-256") from error
 
 
-def _quoted(signed: bytes) -> tuple[bytes, bytes, bytes, bytes]:
-    """TPMS_ATTEST of a quote → qualified signer, qualifying data, selection (as it lies there), PCR digest.
+def _quoted(signed: bytes) -> tuple[bytes, bytes, bytes]:
+    """TPMS_ATTEST of a quote → qualifying data, selection (as it lies there), digest of the registers.
 
-    Numbers are big-endian. Skipped are the clock (17 bytes) and the firmware's version (8).
+    Numbers are big-endian. Skipped are the signer's name, which follows from the key that was verified, the
+    clock (17 bytes) and the firmware's version (8).
     """
     at = 0
 
@@ -266,7 +262,7 @@ def _quoted(signed: bytes) -> tuple[bytes, bytes, bytes, bytes]:
 
     if take(6) != struct.pack(">IH", _MAGIC, _QUOTE):
         raise MessageError("not made by a TPM, or no quote")
-    signer, qualifying = sized(), sized()
+    _, qualifying = sized(), sized()
     take(17 + 8)
     count = take(4)
     banks = [
@@ -275,7 +271,7 @@ def _quoted(signed: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     digest = sized()
     if at != len(signed):
         raise MessageError("too long")
-    return signer, qualifying, count + b"".join(banks), digest
+    return qualifying, count + b"".join(banks), digest
 
 
 def _split(data: bytes, path: Path) -> tuple[bytes, bytes]:
