@@ -47,8 +47,9 @@ def serve_drop(
     ready: Callable[[], None] = lambda: None,
     *,
     complain: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Answers what is laid into ``folder``/NAME/in until the process ends; calls ``ready`` once it looks.
+    """Answers what is laid into ``folder``/NAME/in until ``stop`` says so; calls ``ready`` once it looks.
 
     The newest round first, each envelope once: where its reply lies there already, nothing is done. What
     cannot be written is kept and tried again, and said once to ``complain``. Raises ConfigError for a name
@@ -71,7 +72,7 @@ def serve_drop(
     try:
         ready()
         work, pause = _Answers(endpoint, home, complain), _SHORTEST
-        while True:
+        while not stop():
             pause = _SHORTEST if work.look() else min(2 * pause, _LONGEST)
             time.sleep(pause)
     finally:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -150,6 +149,8 @@ class Guard:
     def _check_when(self) -> None:
         if self.limits.when is None:
             return
+        import subprocess  # a megabyte, for whoever set a condition
+
         with subprocess.Popen(
             ["/bin/sh", "-c", self.limits.when],
             stdin=subprocess.DEVNULL,

@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
             serve(endpoint, options.listen, lambda: _say(f"{options.name} listens at {options.listen}"))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends as it is
         _say(f"{options.name} has ended")
     return 0
 
