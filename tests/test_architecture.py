@@ -43,14 +43,14 @@ ROWS = """
     data
     simulation device drop limits runs export onnx_import
     enclave enclave.evidence enclave.seccomp
-    enclave.sandbox enclave.channel enclave.manifest enclave.sealing
-    enclave.worker enclave.software enclave.tpm
+    enclave.sandbox enclave.channel enclave.manifest enclave.sealing enclave.certificates
+    enclave.worker enclave.software enclave.tpm enclave.gramine enclave.sev
     enclave.host
     job
     plots doctor watch
     training top prometheus
     commands commands.settings commands.runs
-    commands.train commands.compare commands.device commands.client
+    commands.train commands.compare commands.device commands.client commands.export
     cli flower flare
     __main__ __init__
 """
@@ -64,7 +64,8 @@ AT_ONCE = {
     "safetensors": {"checkpoint", "runs"},
     "numba": {"kernels.directions", "kernels.simd"},
     "llvmlite": {"kernels.simd"},
-    "cryptography": {"secagg.primitives"},
+    "cryptography": {"secagg.primitives", "enclave.tpm"}
+    | {"enclave.certificates", "enclave.gramine", "enclave.sev"},
     "flwr": {"flower"},
     "nvflare": {"flare"},
 }

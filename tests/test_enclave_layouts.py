@@ -240,7 +240,7 @@ def test_hardware_evidence_is_for_what_it_was_made_for(kind, claim):
 
 @pytest.mark.parametrize("kind", ["sev", "sgx"])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_damaged_hardware_evidence_is_refused_and_raises_nothing_else(kind, data):
     verifier, evidence = (sev_verifier(), _cached_sev()) if kind == "sev" else (sgx_verifier(), _cached_sgx())
     body = evidence.body
