@@ -153,7 +153,7 @@ def test_secure_sums_over_devices(sockets, tmp_path, capsys):
             ["device", "--name", "client-000", "--listen", "long" * 40],
             "a socket's path has at most 100 bytes",
         ),
-        (["train", "--devices", "nowhere"], "nowhere is no folder: devices listen in one"),
+        (["train", "--devices", "nowhere"], "nowhere is no folder: clients are met in one"),
         (["identity", "key", "--name", "two words"], "one word is needed, as it stands in the roster"),
     ],
 )

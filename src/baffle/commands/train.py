@@ -32,8 +32,12 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", type=Path, metavar="DIR", help="go on with this run; takes no settings")
     command.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win")
     command.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events")
-    command.add_argument(
-        "--devices", type=Path, metavar="DIR", help="with the devices that listen there (baffle device)"
+    where = command.add_mutually_exclusive_group()
+    where.add_argument(
+        "--devices", type=Path, metavar="DIR", help="with the clients that listen there (client, device)"
+    )
+    where.add_argument(
+        "--drop", type=Path, metavar="DIR", help="with the clients that answer in that folder (client --drop)"
     )
     add_settings(command)
 
@@ -60,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
                 config, path, show, driver=driver, stop=stop, tensorboard=options.tensorboard
             )
     if not run.ended:
-        where = [] if options.devices is None else ["--devices", str(options.devices)]
+        flags = [("--devices", options.devices), ("--drop", options.drop)]
+        where = [word for flag, place in flags if place is not None for word in (flag, str(place))]
         command = shlex.join(["baffle", "train", "--resume", str(path), *where])
         print(f"stopped after round {run.rounds_done()}; go on with: {command}")
         return 130
@@ -69,15 +74,21 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _driver(options: argparse.Namespace, config: TrainConfig | None) -> Driver | None:
-    if options.devices is None:
+    folder = options.devices or options.drop
+    if folder is None:
         return None
-    from baffle.device import Sockets
     from baffle.runs import RunFolder
 
-    if not options.devices.is_dir():
-        raise ConfigError(f"{options.devices} is no folder: devices listen in one (baffle device --listen)")
-    asked = config or RunFolder.open(options.resume).config()
-    return Sockets(options.devices, least=asked.clients)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: clients are met in one (baffle client, baffle device)")
+    least = (config or RunFolder.open(options.resume).config()).clients
+    if options.drop is not None:
+        from baffle.drop import Drop
+
+        return Drop(folder, least=least)
+    from baffle.device import Sockets
+
+    return Sockets(folder, least=least)
 
 
 def _summary(run: RunFolder) -> str:
