@@ -295,7 +295,7 @@ def session(where: str, model: bytes, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Measured, LeNet, WRN-10-2 and MobileNetV2: the arena is quicker, and smaller since it tears no holes into
+    # Measured on LeNet, WRN-10-2, MobileNetV2: the arena is quicker, and smaller since it tears no holes into
     # the heap; planning ahead for each size of batch is not.
     options.enable_cpu_mem_arena = True
     options.enable_mem_pattern = False
