@@ -51,7 +51,7 @@ from baffle.enclave.sealing import seal_with, unseal_with
 from baffle.endpoint import Endpoint
 from baffle.errors import BaffleError, DataError, MessageError, SecurityError
 from baffle.estimator import SteinEstimator
-from baffle.exchange import Envelope
+from baffle.exchange import TICKET_BYTES, Envelope, Reply
 from baffle.fixedpoint import FixedPoint
 from baffle.perturbations import Layout, LowRank, Rademacher
 from baffle.plan import LocalSteps, LocalTraining, ModelMessage, RoundPlan, weights_digest
@@ -205,7 +205,7 @@ class Provision(NamedTuple):
                 head["seal"],
                 head["max_directions"],
             )
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MessageError(f"no provision: {error}") from error
 
 
@@ -350,8 +350,10 @@ class Worker:
         request.check(self._server)
         self._last[session] = number
         reply_to = request.reply_to  # before the envelope is moved over it
-        envelope = Envelope.decode(_laid_out(request.body))
-        reply = self._endpoint.reply(envelope)
+        try:
+            reply = self._endpoint.reply(Envelope.decode(_laid_out(request.body)))
+        except MessageError as error:
+            reply = Reply.explaining(bytes(TICKET_BYTES), "malformed", error).encode()
         return answer(self._identity, reply_to, reply, place._replace(direction="reply"))
 
     # -- the owner's word
