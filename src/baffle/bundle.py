@@ -122,7 +122,7 @@ class Bundle:
         if self.folder is None:
             raise ConfigError(f"the bundle {self.name} is in memory only: write it to a folder first")
         with _opened(self.folder / HEAD) as file:
-            return sha256(file.read(_MOST_HEAD)).digest()
+            return sha256(file.read()).digest()
 
     def __post_init__(self) -> None:
         channels = self.input_shape[:1]
@@ -164,9 +164,9 @@ class Bundle:
         path = Path(folder)
         head = path / HEAD
         with _opened(head) as file:
-            raw = file.read(_MOST_HEAD + 1)
-        if len(raw) > _MOST_HEAD:
-            raise DataError(f"{head}: more than {_MOST_HEAD} bytes; no bundle has so many")
+            if os.fstat(file.fileno()).st_size > _MOST_HEAD:
+                raise DataError(f"{head}: more than {_MOST_HEAD} bytes; no bundle has so many")
+            raw = file.read()
         told = _Told(head, _parsed(head, raw))
         try:
             bundle, files = _decoded(told, path)
@@ -348,9 +348,14 @@ class _Told:
         return self.value
 
     def real(self) -> float:
-        if type(self.value) not in (int, float) or not math.isfinite(self.value):
-            raise self.refuse("a finite number")
-        return float(self.value)
+        """A float32 number: another one would be read as its neighbour."""
+        if (
+            type(self.value) is not float
+            or not abs(self.value) < 3e38
+            or float(np.float32(self.value)) != self.value
+        ):
+            raise self.refuse("a float32 number")
+        return self.value
 
     def digest(self) -> str:
         if (
@@ -441,8 +446,7 @@ def _graph(path: Path, value: Any) -> Graph:
 
 
 def _floats(told: _Told) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # an infinity is refused with all else
-        return np.array([number.real() for number in told.items(1 << 16)], np.float32)
+    return np.array([number.real() for number in told.items(1 << 16)], np.float32)
 
 
 def _spaces(told: _Told) -> list[tuple[str, tuple[int, ...], np.dtype[Any], int]]:
