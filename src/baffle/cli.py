@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from baffle.commands import client, compare, device, train
+from baffle.commands import client, compare, device, export, train
 from baffle.commands.settings import add_settings, config_of
 from baffle.errors import BaffleError, ConfigError, MissingExtraError
 
@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of the partition here")
     add_settings(data, {"data", "data_folder", "image_size", "clients", "partition", "alpha", "seed"})
 
+    _module(commands, export)
     _module(commands, client)
     _module(commands, device)
 
