@@ -342,6 +342,15 @@ def test_the_counter_only_grows_even_when_it_is_deleted(tcti, tmp_path):
     assert root.counter() > first + 3  # one that is made anew starts above all that ever were
 
 
+def test_an_index_that_is_something_elses_is_no_counter(tcti, tmp_path):
+    assert (
+        tool(tcti, "nvdefine", "-C", "o", "-s", "8", "-a", "ownerread|ownerwrite", "0x1500044").returncode
+        == 0
+    )
+    with pytest.raises(AttestationError, match="0x1500044 is no counter"):
+        TpmRoot(tcti, tmp_path, counter=0x01500044).counter()
+
+
 def test_a_whole_disk_put_back_is_found(tcti, tmp_path):
     """The attack that a software root cannot see (test_enclave_sealing.py): every file is the older one."""
     folder, copy = tmp_path / "folder", tmp_path / "copy"

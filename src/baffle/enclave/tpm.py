@@ -32,6 +32,7 @@ from baffle.enclave.evidence import AttestationError, Evidence, Expectation, che
 from baffle.enclave.sealing import write_whole
 from baffle.errors import ConfigError, DataError, MessageError
 from baffle.secagg.primitives import derive, random_bytes
+from baffle.wire import Cursor
 
 KIND = "tpm2"
 ASSURANCE = "TPM 2.0 quote by a pinned key; that its TPM is a real one, and who may use it, is not checked"
@@ -44,6 +45,8 @@ _POLICY_PCR = bytes.fromhex("0000017f")
 # fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, restricted, sign; of the sealed key the first two
 _SIGNS, _SEALED = 0x00050072, 0x00000012
 _SIGNING = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|sign"
+_LEAVING = "createprimary", "create", "load", "quote", "unseal", "readpublic"  # objects in the TPM
+_MOST_BANKS = 16
 _SECONDS = 60.0
 _LABEL = b"baffle tpm root sealing v1"
 
@@ -78,21 +81,7 @@ class TpmRoot:
             self._signing(run)
             self._measure(run, measurement)
             qualifying = report_data[:QUALIFYING_BYTES].hex()
-            run(
-                "quote",
-                "-c",
-                "ak",
-                "-l",
-                self._selection,
-                "-q",
-                qualifying,
-                "-g",
-                "sha256",
-                "-m",
-                "m",
-                "-s",
-                "s",
-            )
+            run(f"quote -c ak -l {self._selection} -q {qualifying} -g sha256 -m m -s s")
             signed, signature = run.read("m"), run.read("s")
         return struct.pack("<HH", len(signed), len(signature)) + signed + signature
 
@@ -102,11 +91,11 @@ class TpmRoot:
         with _Commands(self._tcti, self._folder) as run:
             self._measure(run, measurement)
             values = self._values(run)
-            run("createprimary", "-C", "o", "-G", "ecc256", "-c", "parent")
+            run("createprimary -C o -G ecc256 -c parent")
             if not path.exists():
                 run.write("policy", policy(values))
-                made = ("-u", "public", "-r", "private", "-L", "policy", "-a", "fixedtpm|fixedparent")
-                run("create", "-C", "parent", "-i", "-", *made, given=random_bytes(32))
+                sealed = "create -C parent -i - -u public -r private -L policy -a fixedtpm|fixedparent"
+                run(sealed, given=random_bytes(32))
                 write_whole(path, run.read("public") + run.read("private"))
             try:
                 data = path.read_bytes()
@@ -117,8 +106,8 @@ class TpmRoot:
                 raise AttestationError(f"{path} is not sealed to this measurement on this system")
             run.write("public", public)
             run.write("private", private)
-            run("load", "-C", "parent", "-u", "public", "-r", "private", "-c", "sealed")
-            key = run("unseal", "-c", "sealed", "-p", f"pcr:{self._selection}")
+            run("load -C parent -u public -r private -c sealed")
+            key = run(f"unseal -c sealed -p pcr:{self._selection}")
         return derive(key, _LABEL, measurement)
 
     def counter(self) -> int:
@@ -132,27 +121,31 @@ class TpmRoot:
             if to <= now:
                 raise AttestationError(f"the TPM's counter is {now}: it does not go back to {to}")
             for _ in range(to - now):
-                run("nvincrement", "-C", "o", self._index)
+                run(f"nvincrement -C o {self._index}")
 
     def _signing(self, run: _Commands) -> bytes:
-        run("createprimary", "-C", "e", "-G", "ecc256:ecdsa-sha256:null", "-a", _SIGNING, "-c", "ak")
-        run("readpublic", "-c", "ak", "-f", "tss", "-o", "public")
+        run(f"createprimary -C e -G ecc256:ecdsa-sha256:null -a {_SIGNING} -c ak")
+        run("readpublic -c ak -f tss -o public")
         return run.read("public")[2:]
 
     def _measure(self, run: _Commands, measurement: bytes) -> None:
-        run("pcrreset", str(PCR))
-        run("pcrextend", f"{PCR}:sha256={measurement.hex()}")
+        run(f"pcrreset {PCR}")
+        run(f"pcrextend {PCR}:sha256={measurement.hex()}")
 
     def _values(self, run: _Commands) -> dict[int, bytes]:
-        run("pcrread", self._selection, "-o", "values")
+        run(f"pcrread {self._selection} -o values")
         values = run.read("values")
         return {index: values[32 * i : 32 * i + 32] for i, index in enumerate(self._registers)}
 
     def _counter(self, run: _Commands) -> int:
-        if self._index not in run("getcap", "handles-nv-index").decode().lower().split():
-            run("nvdefine", "-C", "o", "-s", "8", "-a", "ownerread|ownerwrite|nt=counter", self._index)
-            run("nvincrement", "-C", "o", self._index)  # it has no value before
-        return int.from_bytes(run("nvread", "-C", "o", "-s", "8", self._index), "big")
+        if self._index not in run("getcap handles-nv-index").decode().split():
+            run(f"nvdefine -C o -s 8 -a ownerread|ownerwrite|nt=counter {self._index}")
+            run(f"nvincrement -C o {self._index}")  # it has no value before
+        if "|nt=0x1|" not in run(f"nvreadpublic {self._index}").decode():
+            raise AttestationError(
+                f"the TPM's index {self._index} is no counter: it belongs to something else"
+            )
+        return int.from_bytes(run(f"nvread -C o -s 8 {self._index}"), "big")
 
 
 class TpmVerifier:
@@ -171,13 +164,13 @@ class TpmVerifier:
     def check(self, evidence: Evidence, expected: Expectation) -> None:
         check_claims(evidence, expected, KIND, ASSURANCE)
         try:
-            (size, rest) = struct.unpack_from("<HH", evidence.body)
-            signed, signature = evidence.body[4 : 4 + size], evidence.body[4 + size :]
-            if len(signed) != size or len(signature) != rest:
-                raise MessageError("a quote cut short, or too long")
+            cursor = Cursor(evidence.body)
+            sizes = cursor.integer("H"), cursor.integer("H")
+            signed, signature = map(cursor.take, sizes)
+            cursor.end()
             self._check_signature(signed, signature)
             qualifying, selection, digest = _quoted(signed)
-        except (struct.error, MessageError) as error:
+        except MessageError as error:
             raise AttestationError(f"a TPM's quote that cannot be read: {error}") from error
         values = self._boot | {PCR: extended(evidence.measurement)}
         if not same(qualifying, evidence.report_data[:QUALIFYING_BYTES]):
@@ -189,13 +182,12 @@ class TpmVerifier:
 
     def _check_signature(self, signed: bytes, signature: bytes) -> None:
         """TPMT_SIGNATURE: ECDSA with SHA-256."""
-        scheme, hash_, size = struct.unpack_from(">HHH", signature)
-        r, s = signature[6 : 6 + size], signature[8 + size :]
-        if (scheme, hash_) != (_ECDSA, _SHA256) or signature != struct.pack(
-            f">HHH{len(r)}sH", scheme, hash_, len(r), r, len(s)
-        ) + s:
-            raise MessageError("no signature by ECDSA with SHA-256")
-        der = utils.encode_dss_signature(int.from_bytes(r, "big"), int.from_bytes(s, "big"))
+        cursor = Cursor(signature)
+        if cursor.take(4) != struct.pack(">HH", _ECDSA, _SHA256):
+            raise MessageError("a signature by other algorithms than ECDSA with SHA-256")
+        r, s = (int.from_bytes(_sized(cursor), "big") for _ in range(2))
+        cursor.end()
+        der = utils.encode_dss_signature(r, s)
         try:
             self._key.verify(der, signed, ec.ECDSA(hashes.SHA256()))
         except InvalidSignature as error:
@@ -245,42 +237,40 @@ def _public_key(public: bytes) -> ec.EllipticCurvePublicKey:
 def _quoted(signed: bytes) -> tuple[bytes, bytes, bytes]:
     """TPMS_ATTEST of a quote → qualifying data, selection (as it lies there), digest of the registers.
 
-    Numbers are big-endian. Skipped are the signer's name, which follows from the key that was verified, the
-    clock (17 bytes) and the firmware's version (8).
+    Skipped are the signer's name, which follows from the key that was verified, the clock (17 bytes) and the
+    firmware's version (8).
     """
-    at = 0
-
-    def take(size: int) -> bytes:
-        nonlocal at
-        if at + size > len(signed):
-            raise MessageError("cut short")
-        at += size
-        return signed[at - size : at]
-
-    def sized() -> bytes:
-        return take(int.from_bytes(take(2), "big"))
-
-    if take(6) != struct.pack(">IH", _MAGIC, _QUOTE):
+    cursor = Cursor(signed)
+    if cursor.take(6) != struct.pack(">IH", _MAGIC, _QUOTE):
         raise MessageError("not made by a TPM, or no quote")
-    _, qualifying = sized(), sized()
-    take(17 + 8)
-    count = take(4)
-    banks = [
-        take(2) + (size := take(1)) + take(size[0]) for _ in range(min(16, int.from_bytes(count, "big")))
-    ]
-    digest = sized()
-    if at != len(signed):
-        raise MessageError("too long")
-    return qualifying, count + b"".join(banks), digest
+    _, qualifying = _sized(cursor), _sized(cursor)
+    cursor.take(17 + 8)
+    start = cursor.at
+    banks = int.from_bytes(cursor.take(4), "big")
+    if banks > _MOST_BANKS:
+        raise MessageError(f"{banks} banks of registers")
+    for _ in range(banks):
+        cursor.take(cursor.take(3)[2])
+    selection, digest = signed[start : cursor.at], _sized(cursor)
+    cursor.end()
+    return qualifying, selection, digest
+
+
+def _sized(cursor: Cursor) -> bytes:
+    """What TPM 2.0 calls a TPM2B: u16 length, big-endian as all its numbers, and as many bytes."""
+    return cursor.take(int.from_bytes(cursor.take(2), "big"))
 
 
 def _split(data: bytes, path: Path) -> tuple[bytes, bytes]:
     """TPM2B_PUBLIC and TPM2B_PRIVATE, which lie one behind the other."""
-    size = 2 + int.from_bytes(data[:2], "big")
-    public, private = data[:size], data[size:]
-    if len(public) != size or len(private) < 2 or len(private) != 2 + int.from_bytes(private[:2], "big"):
-        raise AttestationError(f"{path} is no sealed key")
-    return public, private
+    cursor = Cursor(data)
+    try:
+        size = len(_sized(cursor)) + 2
+        _sized(cursor)
+        cursor.end()
+    except MessageError as error:
+        raise AttestationError(f"{path} is no sealed key: {error}") from error
+    return data[:size], data[size:]
 
 
 class _Commands:
@@ -310,13 +300,14 @@ class _Commands:
     def write(self, name: str, data: bytes) -> None:
         Path(self._folder.name, name).write_bytes(data)
 
-    def __call__(self, command: str, *arguments: str, given: bytes = b"") -> bytes:
-        out = self._run(command, *arguments, given=given)
-        if self._flushes and command in ("createprimary", "create", "load", "quote", "unseal", "readpublic"):
-            self._run("flushcontext", "-t")
+    def __call__(self, line: str, *, given: bytes = b"") -> bytes:
+        out = self._run(line.split(), given)
+        if self._flushes and line.split()[0] in _LEAVING:
+            self._run(["flushcontext", "-t"])
         return out
 
-    def _run(self, command: str, *arguments: str, given: bytes = b"") -> bytes:
+    def _run(self, words: list[str], given: bytes = b"") -> bytes:
+        command, *arguments = words
         try:
             done = subprocess.run(
                 [f"tpm2_{command}", *arguments],
