@@ -22,11 +22,12 @@ from baffle.agreement import check_equal
 from baffle.bundle import MODEL, PREFIX, Bundle, frozen_digest
 from baffle.errors import ConfigError, DataError, MissingExtraError
 from baffle.onnx_graph import Converted, convert
-from baffle.perturbations import Layout
+from baffle.perturbations import Gaussian, Layout
 from baffle.runtimes import Batch
 from baffle.runtimes.graph import Graph
 from baffle.runtimes.numpy import NumpyRuntime
 from baffle.runtimes.onnx import IMAGES, LOGITS, LOSSES, TARGETS, WEIGHT, OnnxRuntime
+from baffle.stream import Stream, seed_from
 
 LOSS_NAMES = ("cross-entropy", "mse")
 _LEAST_OPSET = 11  # the first with GatherElements, which the loss is made of
@@ -131,7 +132,8 @@ def _check(bundle: Bundle, network: _Network, outputs: int, loss: str) -> None:
     got = runtime.outputs(bundle.weights(), Batch(inputs[:1], targets[:1]))
     if not np.allclose(got, wanted, rtol=1e-4, atol=1e-5 * float(np.abs(wanted).max(initial=1))):
         raise ConfigError(f"{network.where}: its weights as inputs give other outputs than the file itself")
-    runtime.loss(bundle.weights(), batch)  # a network that takes one sample only fails here
+    # A network that takes one sample only, or mixes them, fails here.
+    runtime.example_losses(bundle.weights(), batch, Stream(seed_from(0), 0), Gaussian(), range(1), 0.0)
     if bundle.graph is not None:
         check_equal(runtime, NumpyRuntime(bundle), batch)
 

@@ -32,8 +32,9 @@ class OnnxRuntime:
     """Losses of a bundle by ONNX Runtime: a ``Runtime``, with the losses of each example.
 
     ``micro_batch`` samples go through at once (default: as many as suit a core's cache, by the bundle's
-    graph); no choice changes a loss by more than rounding. ``threads`` compute one forward pass. uint8
-    inputs are normalised a micro-batch at a time, by ``normalise`` (scale, shift) or as the bundle says.
+    graph); no choice changes a loss by more than rounding, and a network that mixes samples runs whole.
+    ``threads`` compute one forward pass. uint8 inputs are normalised a micro-batch at a time, by
+    ``normalise`` (scale, shift) or as the bundle says.
 
     Raises MissingExtraError without onnxruntime, ConfigError where the bundle has no ONNX file, DataError
     for a file that is not one of this bundle. Memory: the frozen tensors, 4n bytes for W + scale·z_k, and
@@ -100,6 +101,7 @@ class OnnxRuntime:
     # -- losses -------------------------------------------------------------------------------------
 
     def loss(self, weights: Source, batch: Batch) -> float:
+        self._look(weights, batch)
         self._perturb(weights, None, None, 0, 0.0)
         return float(self._run(batch).mean())
 
@@ -126,7 +128,8 @@ class OnnxRuntime:
         directions: Sequence[int],
         scale: float,
     ) -> NDArray[np.float64]:
-        if len(directions) and not self._samples_apart(weights, batch):
+        self._look(weights, batch)
+        if self._apart is False and len(directions):
             raise ConfigError(
                 f"{self.bundle.name} mixes the samples of a batch, so that none has a loss of its own, as "
                 "the privacy of an example needs it"
@@ -138,6 +141,7 @@ class OnnxRuntime:
 
     def outputs(self, weights: Source, batch: Batch) -> NDArray[np.float32]:
         """The network's outputs (B, classes). Cost: one forward pass."""
+        self._look(weights, batch)
         self._perturb(weights, None, None, 0, 0.0)
         logits: NDArray[np.float32] = self._run(batch, LOGITS)
         return logits
@@ -184,7 +188,7 @@ class OnnxRuntime:
         scale: float,
     ) -> Iterator[NDArray[np.float64]]:
         """Losses (B,) of each direction."""
-        self._check_weights(weights)
+        self._look(weights, batch)
         with self.holding(batch) if self._held is None else contextlib.nullcontext():
             for k in directions:
                 self._perturb(weights, stream, perturbation, k, scale)
@@ -234,6 +238,10 @@ class OnnxRuntime:
         inputs, targets, at, found = self._features(batch), batch.targets, 0, []
         if not len(targets):
             raise ConfigError("a batch without samples has no loss")
+        if self._targets is np.int64 and targets.min() < 0:  # which ONNX would count from the end
+            raise ConfigError(f"a label is {targets.min()}: there is no such class")
+        if self._apart is False:
+            most = len(targets)
         for part in self._parts(inputs, most):
             own = np.ascontiguousarray(targets[at : at + len(part)], self._targets)
             feeds = {IMAGES: self._value(part), TARGETS: self._value(own), **self._weights}
@@ -241,14 +249,16 @@ class OnnxRuntime:
             at += len(part)
         return np.concatenate(found)
 
-    def _samples_apart(self, weights: Source, batch: Batch) -> bool:
-        """Whether a sample's loss is its own: a graph's operators do not mix; another file is measured."""
+    def _look(self, weights: Source, batch: Batch) -> None:
+        """Finds out, once, whether the network mixes samples, which then must not be parted.
+
+        A graph's operators do not. Any other file is measured: a batch together, and one by one.
+        """
+        self._check_weights(weights)
         if self._apart is None and len(batch.targets) > 1:
             self._perturb(weights, None, None, 0, 0.0)
-            together = self._run(batch, most=len(batch.targets))
-            alone = self._run(batch, most=1)
+            together, alone = (self._run(batch, most=most) for most in (len(batch.targets), 1))
             self._apart = bool(np.allclose(together, alone, rtol=1e-5, atol=1e-5 * np.abs(alone).mean()))
-        return self._apart is not False
 
     def _checked(self, where: str) -> Any:
         """The type of targets. Raises DataError where the file's inputs and outputs are not this bundle's."""
