@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baffle.config import TrainConfig, read_toml
-from baffle.errors import ConfigError, DataError
+from baffle.errors import BaffleError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from baffle.aggregation import Seal
@@ -181,7 +181,12 @@ def _seal(options: argparse.Namespace, config: TrainConfig) -> Seal | None:
     from baffle.secure import FileLedger
 
     identity = None if options.identity is None else read_identity(options.identity)
-    return device_seal(config, options.name, identity, FileLedger(options.ledger), options.least_cohort)
+    ledger = FileLedger(options.ledger)
+    try:
+        return device_seal(config, options.name, identity, ledger, options.least_cohort)
+    except BaffleError:
+        ledger.close()
+        raise
 
 
 def _runtime(
