@@ -50,8 +50,17 @@ WAYS = {
     "numpy layer float16": "`NumpyRuntime`, `layer`, float16 stored",
     "numpy layer bfloat16": "`NumpyRuntime`, `layer`, bfloat16 stored",
     "numpy layer int8": "`NumpyRuntime`, `layer`, int8 stored",
+    "client layer": "`baffle client` behind a folder, `layer`",
+    "client stream": "`baffle client` behind a folder, `stream`",
 }
-QUICK = ("import nothing", "import numpy", "torch backprop", "torch inference", "numpy layer float32")
+QUICK = (
+    "import nothing",
+    "import numpy",
+    "torch backprop",
+    "torch inference",
+    "numpy layer float32",
+    "client stream",
+)
 DIRECTIONS = 20
 EAGER = "torch inference"  # what forward passes are timed beside
 

@@ -78,9 +78,9 @@ def module_of(network: str) -> Any:
     return models.build(network, channels, classes, seed=0)
 
 
-def peak() -> int:
-    """The most resident memory that this process has had, in KiB."""
-    with open("/proc/self/status", encoding="ascii") as file:
+def peak(process: int | str = "self") -> int:
+    """The most resident memory that a process has had, in KiB."""
+    with open(f"/proc/{process}/status", encoding="ascii") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
 
 
@@ -216,6 +216,56 @@ def answered(
     return most, forward, spent, making
 
 
+def program(folder: str, directions: int, mode: str) -> tuple[float, ...]:
+    """`baffle client` behind a folder, with an .npz of its own, asked as `baffle train --drop` asks it."""
+    import subprocess
+    import tempfile
+
+    from baffle.bundle import Bundle
+    from baffle.drop import Drop
+    from baffle.estimator import SteinEstimator
+    from baffle.exchange import Envelope, Reply
+    from baffle.plan import ModelMessage, RoundPlan, weights_digest
+    from baffle.stream import seed_from
+
+    bundle = Bundle.read(f"{folder}/bundle")
+    weights = bundle.weights()
+    digest, package = (
+        weights_digest(weights, bundle.layout, bundle.frozen_digest),
+        ModelMessage(weights).encode(),
+    )
+    spent = []
+    with tempfile.TemporaryDirectory() as place:
+        where = {"bundle": f"{folder}/bundle", "data": f"{folder}/images.npz", "drop": place}
+        options = [word for name, path in where.items() for word in (f"--{name}", path)]
+        command = [sys.executable, "-m", "baffle", "client", "--name", "device", "--mode", mode, *options]
+        client = subprocess.Popen([*command, "--state", f"{place}/state"], stdout=subprocess.DEVNULL)
+        try:
+            drop = Drop(place)
+            assert list(drop.names()) == ["device"], "the client did not start"
+            for round_, k in enumerate((1, directions)):
+                plan = RoundPlan(round_, seed_from(0), SteinEstimator(k, SIGMA), digest, BATCH)
+                envelope = Envelope("answer", plan.encode(), b"", package).encode()
+                before = cpu_seconds(client.pid)
+                ((_, reply),) = drop.ask("answer", {"device": envelope}, 600)
+                status = Reply.decode(reply).status if isinstance(reply, bytes) else reply
+                assert status == "answer", status
+                spent.append(cpu_seconds(client.pid) - before)
+            most = peak(client.pid)
+        finally:
+            client.terminate()
+            client.wait()
+    return most, NAN, spent[-1], NAN
+
+
+def cpu_seconds(process: int) -> float:
+    import os
+
+    with open(f"/proc/{process}/stat", encoding="ascii") as file:
+        user, system = file.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 # Made beforehand, by a process of its own
 
 
@@ -227,8 +277,11 @@ def prepare(network: str, folder: str) -> None:
 
     channels, side, classes = NETWORKS[network]
     rng = np.random.Generator(np.random.PCG64(0))
-    np.save(f"{folder}/images.npy", rng.integers(0, 256, (BATCH, channels, side, side), np.uint8))
-    np.save(f"{folder}/labels.npy", rng.integers(0, classes, BATCH))
+    images = rng.integers(0, 256, (BATCH, channels, side, side), np.uint8)
+    labels = rng.integers(0, classes, BATCH)
+    np.save(f"{folder}/images.npy", images)
+    np.save(f"{folder}/labels.npy", labels)
+    np.savez(f"{folder}/images.npz", x=images, y=labels)
     bundle = from_torch(
         module_of(network).eval(),
         input_shape=(channels, side, side),
@@ -255,6 +308,8 @@ def main(arguments: list[str]) -> None:
         figures = torch_backprop(network, folder)
     elif what == "torch forward-only":
         figures = torch_forward(network, folder, directions)
+    elif kind == "client":
+        figures = program(folder, directions, *rest)
     elif kind == "numpy":
         figures = numpy_runtime(network, folder, directions, seconds, *rest)
     else:
