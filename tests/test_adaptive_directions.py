@@ -136,6 +136,14 @@ def test_a_limit_that_cannot_be_cannot_be_said(error):
         Reply.limited(bytes(16), error)
 
 
+def test_a_guard_that_says_nonsense_does_not_end_the_device():
+    endpoint = Endpoint(clients()[0], guard=AtMost(3, number=0))
+    found = server()
+    envelope = Envelope("answer", found.plan().encode(), b"", found.model().encode())
+    reply = Reply.decode(endpoint.handle(envelope.encode()))
+    assert (reply.status, reply.ticket) == ("failed", envelope.ticket("anna"))
+
+
 # -- K of a round ------------------------------------------------------------------------------------------
 
 

@@ -12,13 +12,15 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from baffle import drop, durable
 from baffle.client import Client
 from baffle.downlink import Holding
 from baffle.drop import Drop, serve_drop
 from baffle.endpoint import Endpoint
-from baffle.errors import ConfigError, DataError
+from baffle.errors import ConfigError, DataError, MessageError
 from baffle.estimator import SteinEstimator
 from baffle.exchange import Envelope, FilePackage, Reply
 from baffle.federation import run
@@ -204,6 +206,35 @@ def test_an_envelope_is_read_where_it_lies(tmp_path, request_bytes):
         assert loaded.readonly
         assert np.frombuffer(loaded, "<f4", 100, 14).flags.aligned
         assert found.encode() == whole.encode()
+    finally:
+        os.close(file)
+
+
+SOUND = Envelope("answer", b"PLAN", b"ask", b"weights").encode()
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=80),
+        st.binary(max_size=80).map(lambda data: b"BFFL\x01\x0b" + data),
+        st.tuples(st.integers(0, len(SOUND)), st.binary(max_size=9)).map(lambda at: SOUND[: at[0]] + at[1]),
+        st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)).map(
+            lambda at: SOUND[: at[0]] + bytes([at[1]]) + SOUND[at[0] + 1 :]
+        ),
+    )
+)
+def test_a_file_is_an_envelope_where_its_bytes_are(data):
+    file = os.memfd_create("envelope")
+    try:
+        os.write(file, data)
+        try:
+            wanted = Envelope.decode(data)
+        except MessageError:
+            with pytest.raises(MessageError):
+                Envelope.read(file)
+        else:
+            assert Envelope.read(file).encode() == wanted.encode() == data
+            assert Envelope.read(file).ticket("anna") == wanted.ticket("anna")
     finally:
         os.close(file)
 

@@ -16,6 +16,7 @@ from baffle.client import Client, Download
 from baffle.downlink import HalfModel, Holding, receive
 from baffle.errors import (
     BaffleError,
+    ConfigError,
     DataError,
     DigestMismatchError,
     LimitError,
@@ -174,7 +175,10 @@ class Endpoint:
         except DigestMismatchError as error:
             return Reply(ticket, "digest", error.held).encode()
         except LimitError as error:
-            return Reply.limited(ticket, error).encode()
+            try:
+                return Reply.limited(ticket, error).encode()
+            except ConfigError as wrong:
+                return Reply.explaining(ticket, "failed", wrong).encode()
         except BaffleError as error:
             return Reply.explaining(ticket, _status(error), error).encode()
         except Exception as error:  # a device that is asked the next time is worth more than a traceback
