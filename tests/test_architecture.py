@@ -36,8 +36,8 @@ ROWS = """
     runtimes.sweeps runtimes.tangent runtimes.network
     estimator runtimes.torch runtimes.numpy runtimes.onnx runtimes.pruned runtimes.cache data.dataset
     plan data.folders onnx_graph
-    terms local downlink data.hub
-    aggregation vectors
+    terms local downlink data.hub onnx_file
+    aggregation vectors onnx_writer
     client server secure identities data.sources
     endpoint federation checkpoint membership data.local
     data
@@ -80,7 +80,7 @@ INSIDE_FUNCTIONS = {
     "dp_accounting": {"privacy"},
     "prometheus_client": {"prometheus"},
     "onnxruntime": {"runtimes.onnx"},
-    "onnx": {"export", "onnx_import"},
+    "onnx": {"export", "onnx_file"},
     "onnxscript": {"export"},
 }
 MOST_LINES = 600

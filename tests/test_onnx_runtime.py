@@ -172,9 +172,9 @@ def test_a_frozen_prefix_runs_once():
     assert len(calls) == 1
     runtime._prefix = prefix
     with pytest.raises(ConfigError, match="no frozen prefix"):
-        OnnxRuntime(exported("mlp")[1]).prefixed(samples((1, 8, 8)))
+        OnnxRuntime(exported("lenet")[1]).prefixed(samples((1, 8, 9)))
     with pytest.raises(ConfigError, match="behind a frozen prefix"):
-        OnnxRuntime(exported("mlp")[1]).loss(exported("mlp")[1].weights(), behind)
+        OnnxRuntime(exported("lenet")[1]).loss(exported("lenet")[1].weights(), behind)
 
 
 class Counting:
@@ -243,7 +243,7 @@ def test_a_module_that_mixes_samples_is_not_exported():
 
 def test_a_file_that_mixes_samples_is_found_out(tmp_path: Path):
     """By hand: an export refuses it."""
-    from baffle.onnx_import import _Network
+    from baffle.onnx_file import OnnxNetwork
 
     path = tmp_path / "mixing.onnx"
     helper, proto = onnx.helper, onnx.TensorProto
@@ -261,9 +261,9 @@ def test_a_file_that_mixes_samples_is_found_out(tmp_path: Path):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     path.write_bytes(model.SerializeToString())
-    network = _Network(onnx, path, model, "cross-entropy")
+    network = OnnxNetwork(onnx, path, model, "cross-entropy")
     network.trainable("all")
-    network.outputs("cross-entropy", (6,), None)
+    network.outputs((6,))
     made = from_torch(Strange(), input_shape=(6,), onnx=True)
     layout = type(made.layout)(("w",), ((6, 5),))
     bundle = Bundle(
@@ -275,7 +275,7 @@ def test_a_file_that_mixes_samples_is_found_out(tmp_path: Path):
             "graph": None,
             "missing": "Sub",
             "initial": w.reshape(-1),
-            "models": network.models(layout, {}, "cross-entropy"),
+            "models": network.models(layout, {}),
         }
     )
     batch = samples((6,))

@@ -1,8 +1,8 @@
 """A torch module and its loss → a bundle: a graph for runtimes without torch, and an ONNX file.
 
-The graph is read off the module (``runtimes.modules``), the ONNX file is made by ``torch.onnx``, with the
-trainable tensors as inputs and the per-sample loss inside. Neither is believed: both must give the module's
-own losses, at its weights and beside them, before there is a bundle.
+The graph is read off the module (``runtimes.modules``), and the ONNX file is written from it; where the
+module has an operator that graphs lack, ``torch.onnx`` makes the file. Neither is believed: both must give
+the module's own losses, at its weights and beside them, before there is a bundle.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.func import functional_call
 from baffle.agreement import Examining, check_equal
 from baffle.bundle import MODEL, PREFIX, Bundle, frozen_digest
 from baffle.errors import ConfigError, MissingExtraError
+from baffle.onnx_writer import OPSET, write_models
 from baffle.runtimes import Batch
 from baffle.runtimes.graph import Graph
 from baffle.runtimes.modules import UncoveredError, graph_of
@@ -33,7 +34,6 @@ from baffle.runtimes.onnx import IMAGES, LOGITS, LOSSES, TARGETS, WEIGHT, OnnxRu
 from baffle.runtimes.prefix import Prefix, split_frozen_prefix
 from baffle.runtimes.torch import TorchRuntime, cross_entropy
 
-OPSET = 20  # the first with GELU; ONNX Runtime reads it from 1.17 on
 _SAMPLES = 5
 _FEATURES = "features"
 
@@ -60,8 +60,8 @@ def from_torch(
     ``input_shape`` is that of one sample, ``scale`` and ``shift`` (C,) how pixels become inputs (default:
     they are inputs). ``classes`` are names, or how many; by default as many as there are outputs. ``loss``
     is ``cross_entropy``, ``mse`` or a function of your own, which only ONNX Runtime can run; ``targets``
-    (B, ...) then are an example of what it takes. ``onnx=False`` makes no ONNX file: that needs onnxscript
-    and takes seconds.
+    (B, ...) then are an example of what it takes. ``onnx=False`` makes no ONNX file, which needs onnx and
+    onnxruntime; and without a graph onnxscript, and seconds.
 
     Where an operator is on no list, ``graph`` is None and ``missing`` names it. Raises ConfigError where
     nothing could run the bundle, and for a module that is not float32 or whose export computes other losses;
@@ -94,10 +94,14 @@ def from_torch(
     elif len(targets) < _SAMPLES:
         raise ConfigError(f"{name}: {_SAMPLES} example targets at least are needed")
     batch = Batch(inputs.numpy(), targets[:_SAMPLES].numpy())
-    models = _onnx_models(quiet, runtime, loss, inputs, targets[:_SAMPLES]) if onnx else {}
     frozen = {n: p.detach() for n, p in quiet.named_parameters() if not p.requires_grad}
     frozen |= {n: b.detach() for n, b in quiet.named_buffers()}
     held = {n: _fixed(t) for n, t in frozen.items()}
+    models: dict[str, bytes] = {}
+    if onnx and graph is not None:
+        models = write_models(graph, runtime.layout, runtime.weights(), held)
+    elif onnx:
+        models = _onnx_models(quiet, runtime, loss, inputs, targets[:_SAMPLES])
     channels = shape[0]
     bundle = Bundle(
         name=name,

@@ -235,14 +235,14 @@ class OnnxRuntime:
 
     def _run(self, batch: Batch, wanted: str = LOSSES, most: int | None = None) -> NDArray[Any]:
         """One output for all samples at the weights as they are now."""
-        inputs, targets, at, found = self._features(batch), batch.targets, 0, []
+        targets, at, found = batch.targets, 0, []
         if not len(targets):
             raise ConfigError("a batch without samples has no loss")
         if self._targets is np.int64 and targets.min() < 0:  # which ONNX would count from the end
             raise ConfigError(f"a label is {targets.min()}: there is no such class")
         if self._apart is False:
             most = len(targets)
-        for part in self._parts(inputs, most):
+        for part in self._parts(self._features(batch), most):
             own = np.ascontiguousarray(targets[at : at + len(part)], self._targets)
             feeds = {IMAGES: self._value(part), TARGETS: self._value(own), **self._weights}
             found.append(_call(self._session, feeds, [wanted])[0])
