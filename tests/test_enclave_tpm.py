@@ -159,6 +159,25 @@ def test_what_a_program_signs_itself_is_no_quote(root, tcti, tmp_path):
     assert not (tmp_path / "signature").exists()
 
 
+def test_another_statement_of_the_same_tpm_is_no_quote(root, tcti, tmp_path):
+    """The key signs whatever the TPM states: the time, say, with qualifying data that anybody chooses."""
+    evidence = attest(root, CODE, KEYS, NONCE, CONTEXT)
+    key = ("-C", "e", "-G", "ecc256:ecdsa-sha256:null", "-a", tpm._SIGNING, "-c", "ak")
+    ask = ("-c", "ak", "-q", evidence.report_data[:32].hex(), "-o", "signature", "--attestation", "message")
+    for command in (
+        ("createprimary", "-Q", *key),
+        ("flushcontext", "-t"),
+        ("gettime", "-Q", "-g", "sha256", *ask),
+    ):
+        done = tool(tcti, *command, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    tool(tcti, "flushcontext", "-t")
+    message, signature = ((tmp_path / name).read_bytes() for name in ("message", "signature"))
+    body = struct.pack("<HH", len(message), len(signature)) + message + signature
+    with pytest.raises(AttestationError, match="not made by a TPM, or no quote"):
+        TpmVerifier(root.public).check(dataclasses.replace(evidence, body=body), EXPECTED)
+
+
 def test_keys_that_could_sign_anything_are_not_pinned(root):
     public = root.public
     TpmVerifier(public)
