@@ -33,6 +33,7 @@ FLOORS = {
     "import nothing": "Python",
     "import numpy": "… with NumPy",
     "import client": "… with NumPy and a client",
+    "import secure": "… with NumPy, a client and its half of secure sums",
     "import onnxruntime": "… with ONNX Runtime",
     "import torch": "… with torch",
 }
@@ -198,6 +199,20 @@ def table(found: Cells) -> list[tuple[str, ...]]:
             if row is not None:
                 rows.append((f"{network}: {words}", mb(row), *_figures(row, backprop)))
     return rows
+
+
+def summary(found: Cells) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and rows of a shorter table: peaks, and shares of backpropagation's, a network a column."""
+
+    def shown(network: str, what: str) -> str:
+        row, backprop = found.get(f"{network}, {what}", {}), found.get(f"{network}, torch backprop", {})
+        of = "" if what == "torch backprop" else f" ({_figures(row, backprop)[0]})"
+        return mb(row) + of if "peak_mb" in row else "–"
+
+    ways = [what for what in WAYS if what.split()[-1] not in ("float16", "bfloat16", "int8", "inference")]
+    rows = [(WAYS[what], *(shown(network, what) for network in NETWORKS)) for what in ways]
+    sizes = {name: f"{name}, {shape[0]}×{shape[1]}×{shape[1]}" for name, shape in NETWORKS.items()}
+    return ("peak, MB (of backprop's)", *sizes.values()), rows
 
 
 def mb(row: Row) -> str:

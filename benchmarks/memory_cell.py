@@ -28,6 +28,15 @@ NETWORKS = {
     "wrn-10-2": (3, 32, 10),
     "mobilenet-v2": (3, 224, 1000),
 }
+CLIENT = ("baffle.endpoint", "baffle.bundle", "baffle.runtimes.numpy")
+IMPORTED = {
+    "nothing": (),
+    "numpy": ("numpy",),
+    "client": CLIENT,
+    "secure": (*CLIENT, "baffle.secure"),
+    "onnxruntime": ("numpy", "onnxruntime"),
+    "torch": ("torch",),
+}
 BATCH = 32
 SIGMA = 1e-4
 
@@ -98,16 +107,8 @@ def timed(call: Callable[[], object], seconds: float) -> float:
 
 
 def imports(what: str) -> tuple[float, ...]:
-    if what == "numpy":
-        import numpy
-    elif what == "client":
-        pass
-
-    elif what == "torch":
-        import torch  # noqa: F401
-    elif what == "onnxruntime":
-        import numpy  # noqa: F401
-        import onnxruntime  # noqa: F401
+    for name in IMPORTED[what]:
+        __import__(name)
     return peak(), NAN, NAN, NAN
 
 

@@ -447,9 +447,10 @@ def memory(result: Row) -> list[str]:
     cells = result["cells"]
     stamped = {name: row | {"machine": result["printed_on"]} for name, row in cells.items()}
     return [
-        *table(processes.HEADS, processes.table(cells)),
+        *table(*processes.summary(cells)),
         "",
-        f"Peak resident memory of whole processes, one thread. `make bench-memory`. {measured_on(stamped)}",
+        "Batch 32, K = 20. Peak resident memory of whole processes, one thread. `make bench-memory`. "
+        + measured_on(stamped),
     ]
 
 

@@ -142,6 +142,10 @@ def page(content: Row) -> list[str]:
             ],
         ),
         "",
+        "All that was measured, with what imports alone take:",
+        "",
+        *table(memory.HEADS, content["measured"]),
+        "",
         f"`make bench-memory`. {content['measured_on']}",
     ]
 
@@ -158,6 +162,7 @@ def made(kept: Row) -> Row:
         "paper": PAPER,
         "ratios": ratios(cells),
         "verdicts": verdicts(cells),
+        "measured": memory.table(cells),
     }
 
 
