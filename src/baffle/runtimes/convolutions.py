@@ -12,26 +12,26 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from baffle.runtimes.graph import Node, Shape
-from baffle.runtimes.strips import STRIP, Array, Read, Step, affine_of, carve, read_into, repeated, strided
+from baffle.runtimes.strips import Array, Read, Step, affine_of, carve, read_into, repeated, strided
 
+_ROWS = 1 << 14  # elements of a weight that are turned round together
 _SHORT = 24  # elements of a window's row; shorter ones are copied the other way round
 
 
 class Windows:
     """Strips of an operator on images: some rows of one sample's output, or all rows of some samples."""
 
-    def __init__(self, node: Node, before: Shape, after: Shape, kernel: tuple[int, int], each: int) -> None:
-        """``before``, ``after``: (C, H, W); ``each``: elements of a strip for each pixel of the output."""
+    def __init__(self, node: Node, before: Shape, after: Shape, kernel: tuple[int, int], most: int) -> None:
+        """``before``, ``after``: (C, H, W). A strip has ``most`` pixels of the output, but a row at least."""
         self.channels, self.before = before[0], before[1:]
         self.height, self.width = after[1:]
         self.kernel = kernel
         self.stride: tuple[int, int] = node.setting("stride")
         self.pad: tuple[int, int, int, int] = node.setting("pad")
         self.dilation: tuple[int, int] = node.setting("dilation")
-        row = max(1, self.width * each)
-        strips = -(-self.height // min(self.height, max(1, STRIP // row)))
+        strips = -(-self.height // min(self.height, max(1, most // self.width)))
         self.rows = -(-self.height // strips)  # strips of one height: a low one multiplies slowly
-        self.samples = max(1, STRIP // (row * self.height)) if self.rows == self.height else 1
+        self.samples = max(1, most // (self.width * self.height)) if strips == 1 else 1
         self.pixels = self.samples * self.rows * self.width  # of a strip, at most
         wide = (self.width - 1) * self.stride[1] + (kernel[1] - 1) * self.dilation[1] + 1
         self.padded = any(self.pad)
@@ -95,8 +95,10 @@ class Product(Step):
     ``block`` rows at a time they are made while it runs, not before.
     """
 
-    def __init__(self, node: Node, before: Shape, after: Shape, weight: Shape, norm: Node | None) -> None:
-        super().__init__(node)
+    def __init__(
+        self, node: Node, before: Shape, after: Shape, weight: Shape, norm: Node | None, strip: int
+    ) -> None:
+        super().__init__(node, strip)
         self.norm = norm
         self.outputs, self.channels = weight[:2]
         self.depth = math.prod(weight[1:])
@@ -106,8 +108,8 @@ class Product(Step):
             self.groups, self.kernel = node.setting("groups"), (weight[2], weight[3])
             plain = (1, 1) == self.kernel == node.setting("stride") and not any(node.setting("pad"))
             if not plain or self.groups > 1:
-                each = self.depth + self.outputs // self.groups
-                self.windows = Windows(node, before, after, self.kernel, each)
+                each = max(self.depth + math.prod(node.setting("stride")) * before[0], self.outputs)
+                self.windows = Windows(node, before, after, self.kernel, strip // each)
         width = after[-1] if node.op == "conv2d" else 1
         self.repeat = repeated(width, self.outputs)
         self.block = self.outputs
@@ -117,8 +119,8 @@ class Product(Step):
         if norm is not None or node.tensor("bias"):
             self.held["bias"] = self.outputs * self.repeat
         if self.windows is None:
-            self.strip = -(-max(1, STRIP // self.outputs) // self.repeat) * self.repeat
-            self.scratch = self.strip * self.outputs
+            self.pixels = -(-max(1, strip // self.outputs) // self.repeat) * self.repeat
+            self.scratch = self.pixels * self.outputs
         else:
             # Rows of a window that are short are slow to copy one by one: rows of pixels go together then.
             self.by_pixel = self.kernel[1] * self.channels < _SHORT
@@ -158,7 +160,7 @@ class Product(Step):
                 flat[at - start : at - start + len(part)] = part
         else:  # whole rows, so that the channel can go last
             made = rows.reshape(-1, taps, self.channels)
-            step = max(1, STRIP // 4 // self.depth)
+            step = max(1, _ROWS // self.depth)
             for row in range(first, last, step):
                 end = min(row + step, last)
                 for at, part in read(name, row * self.depth, end * self.depth):
@@ -196,9 +198,9 @@ class Product(Step):
         """Some output channels (pixels, rows), with the rows of weight and bias that belong to them."""
         if self.windows is None:
             flat = x.reshape(-1, self.depth)
-            for at in range(0, len(flat), self.strip):
-                part = pixels[at : at + self.strip]
-                np.matmul(flat[at : at + self.strip], weight.T, out=part)
+            for at in range(0, len(flat), self.pixels):
+                part = pixels[at : at + self.pixels]
+                np.matmul(flat[at : at + self.pixels], weight.T, out=part)
                 self._finish(part, bias, scratch)
             return
         windows, room = self.windows, self.windows.room
@@ -232,12 +234,15 @@ class Product(Step):
 class Depthwise(Step):
     """A convolution of each channel alone: sums of products along rows of pixels, by ``einsum``."""
 
-    def __init__(self, node: Node, before: Shape, after: Shape, weight: Shape, norm: Node | None) -> None:
-        super().__init__(node)
+    def __init__(
+        self, node: Node, before: Shape, after: Shape, weight: Shape, norm: Node | None, strip: int
+    ) -> None:
+        super().__init__(node, strip)
         self.norm = norm
         self.channels, self.kernel = weight[0], (weight[2], weight[3])
         self.taps = weight[2] * weight[3]
-        self.windows = Windows(node, before, after, self.kernel, 3 * self.channels)
+        each = (1 + math.prod(node.setting("stride"))) * self.channels
+        self.windows = Windows(node, before, after, self.kernel, strip // each)
         self.repeat = repeated(after[2], self.channels)
         # Pixels side by side are side by side in the windows, too, where the stride is 1.
         self.together = self.repeat if node.setting("stride")[1] == 1 else 1

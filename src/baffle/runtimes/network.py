@@ -21,6 +21,7 @@ Load = Callable[[int, int, Array], None]  # samples [a, b) of the batch into an 
 Give = Callable[[int, int, Array], None]  # the network's outputs for samples [a, b)
 
 BLOCK = 1 << 16  # perturbed weights of a layer that are there at once where they are made in blocks
+_STRIPS = 1 << 10, 1 << 17  # elements that are worked on together, at least and at most
 _LINE = 16  # elements: what begins a cache line is read quicker
 
 
@@ -50,6 +51,7 @@ class Network:
         self.dtype = np.dtype(np.float64 if arithmetic == "float64" else np.float32)
         self.shapes = graph.shapes(tensors)
         self.round = rounding(arithmetic)
+        self._strip = max(_STRIPS[0], min(_STRIPS[1], memory // self.dtype.itemsize // 16))
         self.steps: list[Step] = []
         self._values: list[tuple[tuple[int, ...], int]] = []  # of each step: inputs and output
         self._fuse(tensors)
@@ -104,7 +106,7 @@ class Network:
                 taken.add(value - 1)
             weight = tensors[str(node.tensor("weight"))] if node.tensor("weight") else ()
             before = [self.shapes[i] for i in node.inputs]
-            step = step_for(node, before, self.shapes[number + 1], weight, norm)
+            step = step_for(node, before, self.shapes[number + 1], weight, norm, self._strip)
             step.round = self.round
             act = follower(value, "activation")
             if act is not None:

@@ -35,6 +35,7 @@ MODES = ("full", "layer", "stream", "kernel")
 ARITHMETICS = ("float64", "float32", "float16", "bfloat16")
 
 _PART = 1 << 14  # weights that are perturbed together
+_MAKING = 20  # bytes of arrays that one of them takes meanwhile
 _NOWHERE = Stream(bytes(32), 0)
 
 
@@ -121,12 +122,12 @@ class NumpyRuntime:
         """
         logits = self._network.shapes[-1]
         loss = 3 * 8 * batch_size * math.prod(logits)
-        made = 44 * min(_PART, self.layout.n)
+        made = _MAKING * min(_PART, max(self.layout.sizes)) + (1 << 15)
         after = self._network.block(batch_size) + loss + made
         before = 0
         if self._prefix is not None:
             features = 4 * batch_size * math.prod(self._prefix.shapes[-1])
-            before = self._prefix.block(batch_size) + features + 8 * _PART
+            before = self._prefix.block(batch_size) + features + 8 * _PART + (1 << 15)
             after += features
         held = 0
         if self.storage != "float32":

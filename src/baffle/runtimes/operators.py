@@ -11,7 +11,6 @@ from baffle.runtimes.activations import activation
 from baffle.runtimes.convolutions import Depthwise, Product
 from baffle.runtimes.graph import Node, Shape
 from baffle.runtimes.strips import (
-    STRIP,
     Array,
     Read,
     Step,
@@ -31,13 +30,13 @@ class BatchNorm(Step):
 
     in_place = True
 
-    def __init__(self, node: Node, shape: Shape) -> None:
-        super().__init__(node)
+    def __init__(self, node: Node, shape: Shape, strip: int) -> None:
+        super().__init__(node, strip)
         self.channels = shape[0]
         self.repeat = repeated(math.prod(shape[1:]), self.channels)
         self.held = {"scale": self.channels * self.repeat, "shift": self.channels * self.repeat}
-        self.strip = max(1, STRIP // (self.channels * self.repeat))
-        self.scratch = self.strip * self.channels * self.repeat
+        self.rows = max(1, strip // (self.channels * self.repeat))
+        self.scratch = self.rows * self.channels * self.repeat
 
     def load(self, read: Read, held: Mapping[str, Array]) -> None:
         made = affine_of(self.node, read, self.channels, held["scale"].dtype)
@@ -48,9 +47,9 @@ class BatchNorm(Step):
         self, inputs: Sequence[Array], out: Array, held: Mapping[str, Array], scratch: Array, read: Read
     ) -> None:
         x, y = (array.reshape(-1, self.channels * self.repeat) for array in (inputs[0], out))
-        for at in range(0, len(x), self.strip):
-            part = y[at : at + self.strip]
-            np.multiply(x[at : at + self.strip], held["scale"], out=part)
+        for at in range(0, len(x), self.rows):
+            part = y[at : at + self.rows]
+            np.multiply(x[at : at + self.rows], held["scale"], out=part)
             part += held["shift"]
             self.finish(part, scratch)
 
@@ -63,8 +62,8 @@ class Norm(Step):
 
     in_place = True
 
-    def __init__(self, node: Node, shape: Shape) -> None:
-        super().__init__(node)
+    def __init__(self, node: Node, shape: Shape, strip: int) -> None:
+        super().__init__(node, strip)
         self.shape = inner(shape)
         channels, pixels = shape[0], math.prod(shape[1:])
         if node.op == "group_norm":
@@ -76,7 +75,8 @@ class Norm(Step):
         self.channels, self.pixels = channels, pixels
         self.repeat = repeated(pixels, channels)
         self.held = {role: math.prod(self.affine) for role, _ in node.tensors}
-        self.scratch = pixels * channels
+        if not self.plain:
+            self.scratch = max(strip, pixels * channels)
 
     def load(self, read: Read, held: Mapping[str, Array]) -> None:
         for role, name in self.node.tensors:
@@ -154,8 +154,8 @@ def _span(size: int, count: int, stride: int, at: int) -> tuple[int, int, int]:
 class Pool(Step):
     """Largest or mean value of windows: one pass for each place in the window."""
 
-    def __init__(self, node: Node, before: Shape, after: Shape) -> None:
-        super().__init__(node)
+    def __init__(self, node: Node, before: Shape, after: Shape, strip: int) -> None:
+        super().__init__(node, strip)
         self.largest = node.op == "max_pool"
         self.kernel = node.setting("kernel")
         self.stride, self.pad = node.setting("stride"), node.setting("pad")
@@ -168,7 +168,6 @@ class Pool(Step):
                 counts[rows, columns] += 1
             self.counts = counts
         self.before, self.after = before[1:], (height, width)
-        self.scratch = STRIP
 
     def _places(self, before: Shape, after: Shape) -> Iterator[tuple[slice, slice, slice, slice]]:
         """For each place in the window: where in the output, and where in the input."""
@@ -204,11 +203,10 @@ class Pool(Step):
 class AdaptivePool(Step):
     """Means of cells that together are the image, evenly cut; of one cell: of the image, by a product."""
 
-    def __init__(self, node: Node, before: Shape, after: Shape) -> None:
-        super().__init__(node)
+    def __init__(self, node: Node, before: Shape, after: Shape, strip: int) -> None:
+        super().__init__(node, strip)
         self.before = before[1:]
         self.size = node.setting("size") if node.op == "adaptive_avg_pool" else (1, 1)
-        self.scratch = STRIP
 
     def run(
         self, inputs: Sequence[Array], out: Array, held: Mapping[str, Array], scratch: Array, read: Read
@@ -249,19 +247,18 @@ class Pointwise(Step):
 
     in_place = True
 
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
+    def __init__(self, node: Node, strip: int) -> None:
+        super().__init__(node, strip)
         self.own = activation(node) if node.op == "activation" else None
-        self.scratch = STRIP
 
     def run(
         self, inputs: Sequence[Array], out: Array, held: Mapping[str, Array], scratch: Array, read: Read
     ) -> None:
         x, y = inputs[0].reshape(-1), out.reshape(-1)
-        for at in range(0, x.size, STRIP):
-            part = y[at : at + STRIP]
+        for at in range(0, x.size, self.strip):
+            part = y[at : at + self.strip]
             if x is not y:
-                part[...] = x[at : at + STRIP]
+                part[...] = x[at : at + self.strip]
             if self.own is not None:
                 self.own(part, carve(scratch, 0, part.shape))
             elif self.node.op == "scale_shift":
@@ -273,11 +270,10 @@ class Pointwise(Step):
 class Both(Step):
     """The sum or product of two values, (C, 1, 1) beside (C, H, W) too."""
 
-    def __init__(self, node: Node, first: Shape, second: Shape) -> None:
-        super().__init__(node)
+    def __init__(self, node: Node, first: Shape, second: Shape, strip: int) -> None:
+        super().__init__(node, strip)
         self.in_place = math.prod(first) >= math.prod(second)
         self.combine = np.add if node.op == "add" else np.multiply
-        self.scratch = STRIP
 
     def run(
         self, inputs: Sequence[Array], out: Array, held: Mapping[str, Array], scratch: Array, read: Read
@@ -289,10 +285,9 @@ class Both(Step):
 class Flatten(Step):
     """(C, H, W) → (C·H·W,), in that order."""
 
-    def __init__(self, node: Node, before: Shape) -> None:
-        super().__init__(node)
+    def __init__(self, node: Node, before: Shape, strip: int) -> None:
+        super().__init__(node, strip)
         self.in_place = len(before) < 3 or before[1:] == (1, 1) or before[0] == 1
-        self.scratch = STRIP
 
     def run(
         self, inputs: Sequence[Array], out: Array, held: Mapping[str, Array], scratch: Array, read: Read
@@ -306,9 +301,8 @@ class Flatten(Step):
 class Pad(Step):
     """Zeros around an image."""
 
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
-        self.scratch = STRIP
+    def __init__(self, node: Node, strip: int) -> None:
+        super().__init__(node, strip)
 
     def run(
         self, inputs: Sequence[Array], out: Array, held: Mapping[str, Array], scratch: Array, read: Read
@@ -319,23 +313,28 @@ class Pad(Step):
         self.finish_all(out, scratch)
 
 
-def step_for(node: Node, before: Sequence[Shape], after: Shape, weight: Shape, norm: Node | None) -> Step:
-    """The step of a node, from the shapes of its inputs, result and weight (() without one)."""
+def step_for(
+    node: Node, before: Sequence[Shape], after: Shape, weight: Shape, norm: Node | None, strip: int
+) -> Step:
+    """The step of a node, from the shapes of its inputs, result and weight (() without one).
+
+    ``norm`` is a batch norm behind a convolution or linear layer that is to be done with it.
+    """
     first = before[0]
     if node.op == "conv2d" and node.setting("groups") == first[0] == weight[0] > 1:
-        return Depthwise(node, first, after, weight, norm)
+        return Depthwise(node, first, after, weight, norm, strip)
     if node.op in ("conv2d", "linear"):
-        return Product(node, first, after, weight, norm)
+        return Product(node, first, after, weight, norm, strip)
     if node.op == "batch_norm":
-        return BatchNorm(node, first)
+        return BatchNorm(node, first, strip)
     if node.op in ("group_norm", "layer_norm"):
-        return Norm(node, first)
+        return Norm(node, first, strip)
     if node.op in ("max_pool", "avg_pool"):
-        return Pool(node, first, after)
+        return Pool(node, first, after, strip)
     if node.op in ("adaptive_avg_pool", "global_avg_pool"):
-        return AdaptivePool(node, first, after)
+        return AdaptivePool(node, first, after, strip)
     if node.op in ("add", "mul"):
-        return Both(node, before[0], before[1])
+        return Both(node, before[0], before[1], strip)
     if node.op == "flatten":
-        return Flatten(node, first)
-    return Pad(node) if node.op == "pad" else Pointwise(node)
+        return Flatten(node, first, strip)
+    return Pad(node, strip) if node.op == "pad" else Pointwise(node, strip)

@@ -18,7 +18,6 @@ from baffle.runtimes.graph import Node, Shape
 
 Array = NDArray[Any]
 
-STRIP = 1 << 17  # elements that are worked on together
 _RUN = 512  # elements of an inner loop; in shorter ones its start shows
 
 
@@ -33,16 +32,17 @@ class Read(Protocol):
 class Step:
     """One operator, with what is done in passing: an activation, and rounding after each of the two.
 
-    ``held`` names what it keeps of its tensors while a segment runs, with sizes; ``load`` fills these.
-    ``scratch`` is the size of the array that ``run`` may use up.
+    ``strip``: how many elements are worked on together. ``held`` names what it keeps of its tensors while a
+    segment runs, with sizes; ``load`` fills these. ``scratch`` is the size of the array that ``run`` may use
+    up, ``again`` how many weights it makes while it runs.
     """
 
     in_place = False
-    scratch = 0
     again = 0
 
-    def __init__(self, node: Node) -> None:
-        self.node = node
+    def __init__(self, node: Node, strip: int) -> None:
+        self.node, self.strip = node, strip
+        self.scratch = strip
         self.held: dict[str, int] = {}
         self.act: InPlace | None = None
         self.round: InPlace | None = None
@@ -69,8 +69,8 @@ class Step:
         if self.act is None and self.round is None:
             return
         flat = x.reshape(-1)
-        for at in range(0, flat.size, STRIP):
-            self.finish(flat[at : at + STRIP], scratch)
+        for at in range(0, flat.size, self.strip):
+            self.finish(flat[at : at + self.strip], scratch)
 
 
 def inner(shape: Shape) -> Shape:
