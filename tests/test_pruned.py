@@ -14,12 +14,14 @@ import baffle
 from baffle import data
 from baffle.errors import ConfigError, DigestMismatchError
 from baffle.estimator import SteinEstimator
+from baffle.export import from_torch
 from baffle.models import build
 from baffle.optimizers import Portable
 from baffle.perturbations import Gaussian, Layout, LowRank, Rademacher
 from baffle.plan import LocalTraining, ModelMessage, RoundResult, weights_digest
 from baffle.runtimes import Batch, DifferentiableRuntime, ExampleRuntime, HoldingRuntime, TangentRuntime
 from baffle.runtimes.arrays import TorchArrays
+from baffle.runtimes.numpy import NumpyRuntime
 from baffle.runtimes.pruned import Pruned, by_magnitude
 from baffle.runtimes.sources import StoredWeights
 from baffle.runtimes.torch import TorchRuntime, evaluate
@@ -103,6 +105,41 @@ class TestConvolution(Contract):
         )
 
     shape = (3, 8, 8)
+
+
+class NumpyContract(RuntimeContract, ExampleContract):
+    """Over the runtime of devices."""
+
+    mode = "layer"
+    module, shape = staticmethod(TestConvolution.module), TestConvolution.shape
+    batch, oracle = TestConvolution.batch, TestConvolution.oracle
+
+    def runtime(self):
+        bundle = from_torch(made(self.module), input_shape=self.shape, onnx=False)
+        return Pruned(NumpyRuntime(bundle, mode=self.mode), some(bundle.layout.n))
+
+
+class TestNumpyFull(NumpyContract):
+    mode = "full"
+
+
+class TestNumpyKernel(NumpyContract):
+    mode = "kernel"
+
+
+def test_modes_and_sources_give_the_losses_of_torch(tmp_path):
+    contract = TestConvolution()
+    ours, batch = contract.runtime(), contract.batch()
+    weights = ours.weights()
+    want = ours.losses(weights, batch, STREAM, Gaussian(), range(5), 0.1)
+    bundle = from_torch(made(contract.module), input_shape=contract.shape, onnx=False)
+    with StoredWeights.write(tmp_path / "w.bin", [weights]) as stored:
+        for mode in ("full", "layer", "stream", "kernel"):
+            device = Pruned(NumpyRuntime(bundle, mode=mode, micro_batch=2), some(bundle.layout.n))
+            assert device.frozen_digest == ours.frozen_digest
+            for source in (weights, stored):
+                got = device.losses(source, batch, STREAM, Gaussian(), range(5), 0.1)
+                np.testing.assert_allclose(got, want, rtol=RuntimeContract.rtol)
 
 
 def test_it_can_do_what_the_inner_runtime_can():
