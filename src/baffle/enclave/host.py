@@ -63,7 +63,7 @@ from baffle.secagg.primitives import Identity, KeyPair
 ATTEST, PROVISIONING, SEALED = "attest", "provision", "sealed"
 PROGRAM = "import baffle.enclave.worker as w; w.main()"
 _CONTEXT = b"baffle enclave session v1"
-_SECONDS_TO_START = 60.0
+_SECONDS_TO_END = 60.0
 
 
 # -- what runs --------------------------------------------------------------------------------------------
@@ -192,15 +192,18 @@ class EnclaveHost:
                     self._state.save(self._sealed)
                 self._pipe.send(SAVED)
         except (EOFError, OSError) as error:
-            process, self._process = self.process, None
-            with process:
-                self.last = process.wait(_SECONDS_TO_START)
+            self._bury()
             raise SecurityError(f"the worker has ended: {self.last}") from error
         if got == REFUSED:
             raise SecurityError(bytes(frame).decode("utf-8", "replace"))
         if got != expect:
             raise SecurityError(f"the worker answered with a frame of kind {got}, where {expect} was due")
         return frame
+
+    def _bury(self) -> None:
+        process, self._process = self.process, None
+        with process:
+            self.last = process.wait(_SECONDS_TO_END)
 
     def _sealed(self, at: int) -> bytes:
         self._pipe.send(SEAL, NUMBER.pack(at))
@@ -248,6 +251,8 @@ class EnclaveHost:
             return self.client.name.encode()
         if envelope.stage not in (ATTEST, PROVISIONING, SEALED):
             raise SecurityError(f"{self.client.name} is an enclave: it takes what is sealed to it alone")
+        if self._process is not None and not self._process.running:
+            self._bury()
         if self._process is None:
             self._start()
         if envelope.stage == ATTEST:
@@ -294,6 +299,20 @@ def provisioning(
     return Provision(name, seed, server, files, hashes, inputs, targets, seal, max_directions)
 
 
+def asked_for_evidence(
+    exchange: Callable[[bytes], bytes],
+    name: str,
+    verifier: Verifier,
+    measurements: Collection[bytes],
+    *,
+    context: bytes = b"",
+) -> Evidence:
+    """Evidence of the worker behind ``exchange``, with a fresh nonce, believed. Raises as ``provision``."""
+    challenge = Challenge()
+    envelope = Envelope(ATTEST, request=challenge.issue(context) + context)
+    return accept(_body(exchange, name, envelope), challenge, verifier, measurements)
+
+
 def provision(
     exchange: Callable[[bytes], bytes],
     given: Provision,
@@ -308,14 +327,7 @@ def provision(
     AttestationError before anything has left, SecurityError where the worker refuses, MessageError for what
     is no reply.
     """
-    challenge = Challenge()
-    nonce = challenge.issue(context)
-    evidence = accept(
-        _body(exchange, given.name, Envelope(ATTEST, request=nonce + context)),
-        challenge,
-        verifier,
-        measurements,
-    )
+    evidence = asked_for_evidence(exchange, given.name, verifier, measurements, context=context)
     identity, pair = Identity.generate(), KeyPair.generate()
     place = Place("provision", evidence.digest, 0)
     box = Request.box(identity, evidence.keys.agreement, pair.public, given.encode(), place)

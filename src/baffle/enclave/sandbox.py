@@ -14,6 +14,7 @@ SecurityError and starts nothing. There is no weaker way.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -267,6 +268,10 @@ class Process:
         """Of all of its processes, bubblewrap's included."""
         return self._group.processes()
 
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
     def peak(self) -> int | None:
         """``Report.peak``, so far."""
         return self._group.peak() if self._report is None else self._report.peak
@@ -459,15 +464,20 @@ print(json.dumps({
 """
 
 
-def python_files(modules: Sequence[str]) -> dict[str, Path]:
+def python_files(modules: tuple[str, ...]) -> dict[str, Path]:
     """The files that a Python program needs which imports ``modules``: path inside → file outside.
 
     The interpreter, its and the system's libraries, sources alone (no bytecode: what is measured is what
     runs), data files that are read on the way. Found by importing the modules in a process of its own, and
     calling their ``rehearse`` where they have one: what such a program imports later is not there. Paths
-    inside do not depend on where things lie outside. Cost: that process, about a second. Raises
-    SecurityError where it fails.
+    inside do not depend on where things lie outside. Cost: that process, about a second, the first time.
+    Raises SecurityError where it fails.
     """
+    return dict(_found(modules))
+
+
+@functools.cache
+def _found(modules: tuple[str, ...]) -> dict[str, Path]:
     interpreter = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
     roots = []
     for name in ("baffle", "numpy", "cryptography"):

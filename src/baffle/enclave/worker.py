@@ -340,6 +340,8 @@ class Worker:
             raise MessageError(f"a frame of the unknown kind {kind}")
 
     def _handle(self, frame: memoryview) -> bytes:
+        if len(frame) < SESSION_BYTES + NUMBER.size:
+            raise MessageError("a request cut short")
         session, (number,) = bytes(frame[:SESSION_BYTES]), NUMBER.unpack_from(frame, SESSION_BYTES)
         if self._endpoint is None:
             raise SecurityError("this worker has no data yet: its owner has not provisioned it")
@@ -433,6 +435,8 @@ class Worker:
     def _sealed(self, frame: memoryview) -> bytes:
         if self._sealing_key is None or self._stored is None:
             raise SecurityError("no state is kept for this worker")
+        if len(frame) != NUMBER.size:
+            raise MessageError("a value of a counter has 8 bytes")
         (at,) = NUMBER.unpack(frame)
         key, digest = self._stored
         state = {"key": key.hex(), "provision": digest, "ledger": self._ledger.lines}
@@ -441,6 +445,8 @@ class Worker:
     def _resume(self, frame: memoryview) -> None:
         if self._endpoint is not None or self._sealing_key is None:
             raise SecurityError("this worker has its data already, or no key to open a state with")
+        if len(frame) < 20:
+            raise MessageError("a state cut short")
         counter, at, size = struct.unpack_from("<QQI", frame)
         blob, stored = frame[20 : 20 + size], frame[20 + size :]
         state = json.loads(unseal_with(self._sealing_key, counter, bytes(blob), _CONTEXT))
