@@ -12,7 +12,8 @@ BaffleError                 one clear line: what, where, what to do; the command
 ├── LimitError              more than a device's owner allows; a round that its client stays out of
 ├── DeliveryError           a message that did not reach a client, or no reply by the deadline
 ├── AggregationError        answers that cannot be summed (none, of two rounds, of two lengths)
-├── SecurityError           a step refused, because someone may be lying or too little is protected
+├── SecurityError           a step refused, because someone may be lying or too little is protected;
+│                           AttestationError is one, of the enclave
 └── CheckpointError         a checkpoint or log that is damaged, or of another job
 """
 
