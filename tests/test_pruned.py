@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -142,12 +143,34 @@ def test_modes_and_sources_give_the_losses_of_torch(tmp_path):
                 np.testing.assert_allclose(got, want, rtol=RuntimeContract.rtol)
 
 
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("mode", ["full", "layer", "stream", "kernel"])
+def test_the_predicted_peak_is_what_is_allocated(mode, storage):
+    batch = Batch(np.zeros((4, 3, 8, 8), np.float32), np.zeros(4, np.int64))
+    module = build("wrn-10-2", 3, 10, 0)
+    inner = NumpyRuntime(from_torch(module, input_shape=(3, 8, 8), onnx=False), mode=mode, storage=storage)
+    mask = some(inner.layout.n, 0.3)
+    w = inner.weights()
+    inner.losses(w, batch, STREAM, Gaussian(), range(1), 0.01)  # the table of quantiles, views of modules
+    tracemalloc.start()
+    try:
+        device = Pruned(inner, mask)
+        kept = device.weights()
+        tracemalloc.reset_peak()
+        device.losses(kept, batch, STREAM, Gaussian(), range(3), 0.01)
+        seen = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0.8 * device.peak(4) < seen <= device.peak(4)
+
+
 def test_it_can_do_what_the_inner_runtime_can():
     extras = DifferentiableRuntime, TangentRuntime, HoldingRuntime, ExampleRuntime
     able = Pruned(TorchRuntime(nn.Linear(3, 2)), np.ones(8, np.bool_))
     plain = Pruned(Infers(), some(N))
     assert [isinstance(able, kind) for kind in extras] == [True] * 4
     assert [isinstance(plain, kind) for kind in extras] == [False] * 4
+    assert [hasattr(pruned, "peak") for pruned in (able, plain, Pruned(Read(), some(N)))] == [0, 0, 1]
 
 
 class Infers:
@@ -288,6 +311,9 @@ def test_the_layout_has_what_is_kept_of_each_tensor_as_a_vector():
 class Read(Slope):
     """Reads its weights a slice at a time, as a runtime that streams them does."""
 
+    def peak(self, batch_size):
+        return 1000 * batch_size
+
     def loss(self, weights, batch):
         assert not isinstance(weights, np.ndarray)
         parts = [weights[a : min(a + 7, N)] for a in range(0, N, 7)]
@@ -301,6 +327,7 @@ def test_weights_on_disk_are_spread_a_slice_at_a_time(tmp_path):
     weights = pruned.weights() + np.float32(0.5)
     with StoredWeights.write(tmp_path / "w.bin", [weights]) as stored:
         assert Pruned(Read(), mask).loss(stored, batch) == pruned.loss(weights, batch)
+        assert Pruned(Read(), mask).loss(weights, batch) == pruned.loss(weights, batch)
         with pytest.raises(ConfigError, match="are kept"):
             Pruned(Read(), ~mask).loss(stored, batch)
         with pytest.raises(ConfigError, match="without a step"):

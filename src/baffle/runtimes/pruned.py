@@ -33,14 +33,15 @@ class Pruned:
 
     The layout has the inner names, each with a vector of what is kept of it, in order. As there are no
     matrices left, ``LowRank`` is Gaussian here, by its own definition. ``gradient``, ``derivatives``,
-    ``holding`` and ``example_losses`` are there where the inner runtime has them.
+    ``holding``, ``example_losses`` and ``peak`` are there where the inner runtime has them.
 
     The digest of what is frozen is SHA-256("baffle pruned v1" ‖ the inner one ‖ the mask), eight entries to
     a byte, the first in its highest bit, zeros behind the last. So who has another mask finds out as who
     has other weights does.
 
     Cost: a forward pass of the inner runtime, n writes, and for a direction as many values as are kept;
-    memory: 8 bytes a kept parameter, and W and the slice of z_k at hand with their zeros.
+    memory: 8 bytes a kept parameter, and W with its zeros, of which a runtime that has a ``peak`` of memory
+    reads a slice at a time.
     Raises ConfigError for a mask of another length or type, and for one that keeps nothing.
     """
 
@@ -69,6 +70,9 @@ class Pruned:
             self.holding = runtime.holding
         if isinstance(runtime, ExampleRuntime):
             self.example_losses = self._example_losses
+        self._sliced = hasattr(runtime, "peak")
+        if self._sliced:
+            self.peak = self._peak
 
     @property
     def layout(self) -> Layout:
@@ -97,8 +101,13 @@ class Pruned:
         return SpreadWeights(weights, self._kept, self._inner_n)
 
     def _inner(self, weights: NDArray[np.float32]) -> Any:
-        """W as it was given: an array, or a source of which a slice at a time is read."""
-        return self.whole(weights) if isinstance(weights, np.ndarray) else self._spread(weights)
+        """W with its zeros: whole, or for a runtime that takes any source, made a slice at a time."""
+        return self._spread(weights) if self._sliced else self.whole(weights)
+
+    def _peak(self, batch_size: int) -> int:
+        """As the inner runtime's, with the values and the places of what is kept."""
+        inner: int = self.runtime.peak(batch_size)  # type: ignore[attr-defined]
+        return inner + 12 * self._layout.n
 
     def check_sigma(self, sigma: float) -> None:
         self.runtime.check_sigma(sigma)
@@ -202,11 +211,11 @@ class SpreadWeights:
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, places: slice) -> NDArray[np.float32]:
-        start, stop = bounds(places, self.n)
+    def __getitem__(self, wanted: slice) -> NDArray[np.float32]:
+        start, stop = bounds(wanted, self.n)
         a, b = (int(at) for at in np.searchsorted(self.kept, (start, stop)))
-        out = np.zeros(stop - start, np.float32)
-        out[self.kept[a:b] - start] = self.source[a:b]
+        out, places = np.zeros(stop - start, np.float32), self.kept[a:b]
+        out[places - start if start else places] = self.source[a:b]
         return out
 
 
