@@ -362,6 +362,8 @@ def test_requests_that_are_not_the_servers_are_refused(bundle):
             inside.ask(asked(bundle), 2)
         assert Reply.decode(inside.ask(asked(bundle), 4)).status == "answer"
         assert Reply.decode(inside.ask(asked(bundle), 0, session=bytes(32))).status == "answer"
+        assert inside.exchange(worker.BOOT, inside.boot(None))[0] == worker.REFUSED  # no other manifest
+        assert bytes(inside.exchange(worker.KEYS)[1]) == inside.agreement + inside.signing
         for kind in (worker.HANDLE, worker.PROVISION, worker.RESUME, worker.SEAL):
             for size in (0, 1, 31, 39, 40, 100):
                 assert inside.exchange(kind, bytes(size))[0] == worker.REFUSED

@@ -44,6 +44,7 @@ from baffle.enclave.worker import (
     BOOT,
     DONE,
     HANDLE,
+    KEYS,
     NUMBER,
     PROVISION,
     READY,
@@ -251,11 +252,13 @@ class EnclaveHost:
             return self.client.name.encode()
         if envelope.stage not in (ATTEST, PROVISIONING, SEALED):
             raise SecurityError(f"{self.client.name} is an enclave: it takes what is sealed to it alone")
-        if self._process is not None and not self._process.running:
-            self._bury()
         if self._process is None:
             self._start()
         if envelope.stage == ATTEST:
+            try:
+                self._exchange(KEYS, expect=READY)
+            except SecurityError:  # it was killed since
+                self._start()
             nonce, context = envelope.request[:NONCE_BYTES], envelope.request[NONCE_BYTES:]
             return self.evidence(nonce, context).encode()
         box = envelope.package[:]

@@ -268,10 +268,6 @@ class Process:
         """Of all of its processes, bubblewrap's included."""
         return self._group.processes()
 
-    @property
-    def running(self) -> bool:
-        return self._process.poll() is None
-
     def peak(self) -> int | None:
         """``Report.peak``, so far."""
         return self._group.peak() if self._report is None else self._report.peak

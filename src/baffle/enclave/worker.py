@@ -5,6 +5,7 @@ makes its keys itself, and shows the public ones; what they open is for it alone
 on and sees their sizes, and the times.
 
     ← BOOT       manifest and, where a state is kept, the key to seal it    READY    public keys
+    ← KEYS       whether it is still there                                  READY    public keys
     ← PROVISION  a box of the owner's: bundle, data, name, keys             DONE     a signed, sealed word
     ← HANDLE     a box of the server's: an envelope                         DONE     the reply, signed, sealed
     ← RESUME     a sealed state instead of a provision                      BLOB     it, sealed anew
@@ -64,7 +65,7 @@ from baffle.secagg.session import Policy, Roster
 from baffle.secure import MemoryLedger, Protection, SecureSeal, SecureSum
 from baffle.terms import Terms
 
-BOOT, PROVISION, HANDLE, RESUME, SEAL, SAVED = range(1, 7)
+BOOT, PROVISION, HANDLE, RESUME, SEAL, SAVED, KEYS = range(1, 8)
 READY, DONE, BLOB, SAVE, REFUSED = range(65, 70)
 MOST_BYTES = 1 << 32
 NUMBER = struct.Struct("<Q")
@@ -323,10 +324,13 @@ class Worker:
 
     def _step(self, kind: int, frame: memoryview) -> None:
         if kind == BOOT:
+            if self._manifest:
+                raise SecurityError("this worker knows already what it was measured with")
             told = json.loads(bytes(frame))
             self._manifest = told["manifest"]
             key = told["sealing_key"]
             self._sealing_key = None if key is None else bytes.fromhex(key)
+        if kind in (BOOT, KEYS):
             self._pipe.send(READY, self._pair.public, self._identity.public)
         elif kind == PROVISION:
             self._provision(frame)
