@@ -171,6 +171,7 @@ class OnnxNetwork:
             raise DataError(f"{where}: no node makes its output {self.output[:80]!r}")
         if loss == "cross-entropy" and last.op_type in ("Softmax", "LogSoftmax"):
             self.output = last.input[0]
+        self._leave_out()
 
     def _check_sizes(self) -> None:
         """Refuses what takes gigabytes for one sample, before anything is run or folded into a constant."""
@@ -195,6 +196,17 @@ class OnnxNetwork:
                 kept.append(self.onnx.NodeProto.FromString(node.SerializeToString()))
         del self.graph.node[:]
         self.graph.node.extend(kept)
+
+    def _leave_out(self) -> None:
+        """Nodes and tensors that the output does not depend on."""
+        needed, kept = {self.output}, list[Any]()
+        for node in reversed(list(self.graph.node)):
+            if needed & set(node.output):
+                needed |= _read_by(node)
+                kept.append(self.onnx.NodeProto.FromString(node.SerializeToString()))
+        del self.graph.node[:]
+        self.graph.node.extend(reversed(kept))
+        self.tensors = {name: array for name, array in self.tensors.items() if name in needed}
 
     def _read_tensors(self) -> dict[str, NDArray[Any]]:
         found: dict[str, NDArray[Any]] = {}
