@@ -231,7 +231,9 @@ class NumpyRuntime:
         if weights.shape != (self.layout.n,):
             raise ConfigError(f"weights have the shape {weights.shape}, this model has n = {self.layout.n}")
         if self.storage != "float32":
-            if isinstance(weights, PackedWeights) and weights.storage == self.storage:
+            if isinstance(weights, PackedWeights):
+                if weights.storage != self.storage:
+                    raise ConfigError(f"weights packed as {weights.storage} are not those of {self.storage}")
                 return weights
             return PackedWeights.pack(weights, self.layout, self.storage)
         if self.mode in ("full", "layer") and not isinstance(weights, np.ndarray):
