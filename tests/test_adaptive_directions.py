@@ -197,6 +197,16 @@ def test_a_client_cannot_make_others_fall_below_the_least():
     assert driver.asked[1:] == [["anna", "cleo", "dora"]] * 3
 
 
+def test_a_server_falls_to_the_least_and_no_further():
+    found = server(least_directions=6)
+    found.limited("bo", 1)
+    assert found.adapt(["anna", "bo"]) == 6
+    assert found.able(["anna", "bo"]) == ["anna"]
+    found.limited("bo", 8)  # the last word counts
+    assert found.able(["anna", "bo"]) == ["anna", "bo"]
+    assert found.adapt(["anna", "bo"]) == 8
+
+
 def test_everybody_may_be_limited_at_first():
     found = server(least_directions=1)
     records = list(run(found, Endpoints(clients(), dict.fromkeys(SIZES, AtMost(3))), rounds=2))

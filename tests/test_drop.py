@@ -250,10 +250,13 @@ def test_a_model_in_memory_is_not_copied_again(tmp_path):
     assert np.shares_memory(found, np.frombuffer(loaded, np.uint8))
     assert not found.flags.writeable
     assert np.array_equal(found, weights)
-    writable = bytearray(loaded)  # somebody may write to that: a copy
-    assert not np.shares_memory(
-        ModelMessage.decode(memoryview(writable)).weights, np.frombuffer(writable, "u1")
-    )
+    writable = np.concatenate((np.zeros(2, np.uint8), np.frombuffer(loaded, np.uint8)))
+    copied = ModelMessage.decode(writable.data[2:]).weights  # somebody may write to that
+    assert not np.shares_memory(copied, writable)
+    apart = np.concatenate((np.zeros(1, np.uint8), writable))
+    moved = ModelMessage.decode(apart.data[3:].toreadonly()).weights  # they lie badly there
+    assert moved.flags.aligned
+    assert np.array_equal(moved, weights)
 
 
 # -- a client's side ---------------------------------------------------------------------------------------
@@ -399,6 +402,28 @@ def test_a_full_disk_loses_no_answer(disk):
     assert len(said) == 1
     assert "No space left on device; it is tried again" in said[0]
     assert not list((disk.path / "anna" / "out").glob(".*.part"))
+
+
+def test_a_full_disk_keeps_the_answer_that_was_made_and_makes_no_other(disk):
+    """Older envelopes lie there too: whoever seals its answers could not make the first one again."""
+    s = server()
+    older = envelope_for(s)
+    s.skip()
+    newer = envelope_for(s)
+    for way in ("in", "out"):
+        (disk.path / "anna" / way).mkdir(parents=True)
+    for data, stem in (older, newer):
+        (disk.path / "anna" / "in" / f"{stem}.envelope").write_bytes(data)
+    runtime = Counted()
+    runtime.before = disk.fill
+    with serving(disk.path, Endpoint(client("anna", runtime))) as said:
+        until(lambda: said)
+        time.sleep(0.3)
+        assert runtime.measured == 1
+        runtime.before = lambda: None
+        disk.empty()
+        until(lambda: len(replies(disk.path)) == 2)
+    assert runtime.measured == 2
 
 
 def test_a_folder_that_is_carried_away_meanwhile(tmp_path):
