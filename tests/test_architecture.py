@@ -50,7 +50,7 @@ ROWS = """
     plots doctor watch
     training top prometheus
     commands commands.settings commands.runs
-    commands.train commands.compare commands.device commands.client commands.export
+    commands.train commands.compare commands.device commands.client commands.export commands.enclave
     cli flower flare
     __main__ __init__
 """
