@@ -1,6 +1,7 @@
 """What the enclave's walls cost: memory of the whole worker, and time beside the same client without walls.
 
     enclave.py            LeNet, WRN-10-2 and MobileNetV2 (224 × 224), kept in results/enclave.json: minutes
+    enclave.py --page     writes what is kept into docs/enclave.md
     enclave.py --quick    LeNet, two directions, one turn; nothing is kept
 
 Batch 32, K = 20 directions, `forward`, weights in float32, by `NumpyRuntime` on one core. The worker has a
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "BAFFLE_KERNELS": "0"}
+if __name__ == "__main__":  # before NumPy is imported: one thread, and no numba, which a device has not
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "BAFFLE_KERNELS": "0"}
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -27,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import report
 from bench import commit, machine, rounded
 from memory_cell import BATCH, NETWORKS, module_of
 
@@ -46,6 +50,7 @@ from baffle.secagg.primitives import Identity
 from baffle.stream import seed_from
 
 RESULT = Path(__file__).parent / "results" / "enclave.json"
+PAGE = Path(__file__).parents[1] / "docs" / "enclave.md"
 LIMIT = 90_000_000
 DIRECTIONS = 20
 NAME = "client"
@@ -157,6 +162,24 @@ def table(rows: Mapping[str, Row]) -> list[tuple[str, ...]]:
     ]
 
 
+def page(text: str) -> str:
+    """docs/enclave.md with the table of what is kept."""
+    kept = json.loads(RESULT.read_text())
+    rows = [HEADS, ("---", *("---:" for _ in HEADS[1:])), *table(kept["rows"])]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    limits = {row["limit_mb"] for row in kept["rows"].values()}
+    what = f"limit {'/'.join(f'{limit:g}' for limit in sorted(limits))} MB"
+    about = f"Batch {kept['batch']}, K = {kept['directions']}, {what}, `python benchmarks/enclave.py`. "
+    block = "\n".join(
+        ["<!-- enclave -->", "", *lines, "", about + machine_line(kept), "", "<!-- /enclave -->"]
+    )
+    return re.sub(r"<!-- enclave -->.*?<!-- /enclave -->", lambda _: block, text, flags=re.DOTALL)
+
+
+def machine_line(kept: Mapping[str, Any]) -> str:
+    return str(report.machine({"machine": kept["printed_on"]}))
+
+
 def quickly() -> dict[str, Row]:
     """A slice: LeNet, two directions, one turn."""
     return {"lenet": measured("lenet", 2, 1)}
@@ -167,16 +190,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--page", action="store_true")
     parser.add_argument("--only", choices=sorted(NETWORKS), help="this network; the others are kept")
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
+    if options.page:
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     if options.quick:
         rows = quickly()
     else:
         kept = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
         for network in [options.only] if options.only else list(NETWORKS):
             print(f"  {network}", file=sys.stderr, flush=True)
-            turns = options.turns if network != "mobilenet-v2" else min(options.turns, 3)
+            turns = options.turns if network != "mobilenet-v2" else min(options.turns, 2)
             kept[network] = measured(network, DIRECTIONS, turns) | {"turns": turns, "commit": commit()}
         rows = {network: kept[network] for network in NETWORKS if network in kept}
         content = {"printed_on": machine(), "directions": DIRECTIONS, "batch": BATCH, "rows": rows}

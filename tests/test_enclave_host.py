@@ -1,6 +1,7 @@
 """Workers in real sandboxes: federations of them, what is refused, what the host's process can see."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -555,3 +556,19 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path):
             process.wait()
         process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------
+
+
+def test_a_slice_of_the_benchmark_and_the_page_it_prints(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import enclave
+
+    (row,) = enclave.quickly().values()
+    assert 15 < row["group_mb"] <= row["limit_mb"] == 90
+    assert 30 < row["resident_mb"] < 90
+    text = enclave.PAGE.read_text(encoding="utf-8")
+    assert enclave.page(text) == text, "python benchmarks/enclave.py --page"
+    for row in json.loads(enclave.RESULT.read_text())["rows"].values():  # issue 6: the whole worker
+        assert max(row["group_mb"], row["resident_mb"]) <= row["limit_mb"] == 90
