@@ -30,8 +30,8 @@ ROWS = """
     kernels.layers secagg.client secagg.server
     perturbations runtimes.graph models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
     runtimes runtimes.activations runtimes.sources runtimes.simplify runtimes.objective runtimes.arrays models
-    runtimes.onebyone runtimes.lowrank runtimes.schedule runtimes.strips runtimes.modules bundle agreement data.pickles
-    runtimes.batched runtimes.steps runtimes.convolutions data.picture
+    runtimes.onebyone runtimes.lowrank runtimes.schedule runtimes.strips runtimes.modules bundle agreement
+    runtimes.batched runtimes.steps runtimes.convolutions data.picture data.pickles
     runtimes.program runtimes.operators
     runtimes.sweeps runtimes.tangent runtimes.network
     estimator runtimes.torch runtimes.numpy runtimes.onnx runtimes.pruned runtimes.cache data.dataset

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from baffle.commands import client, compare, device, export, train
+from baffle.commands import client, compare, device, enclave, export, train
 from baffle.commands.settings import add_settings, config_of
 from baffle.errors import BaffleError, ConfigError, MissingExtraError
 
@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     _module(commands, export)
     _module(commands, client)
     _module(commands, device)
+    _module(commands, enclave)
 
     identity = _command(commands, "identity", _identity, "make a client's key; prints its line of the roster")
     identity.add_argument("file", type=Path, metavar="FILE", help="where the key goes; nothing may be there")
