@@ -136,7 +136,14 @@ class Network:
         return made[skip : len(made) - _LINE + skip]
 
     def run(self, batch: int, load: Load, give: Give, read: Read, room: Array) -> None:
-        """One forward pass over ``batch`` samples, in ``room``, which nobody else uses meanwhile."""
+        """One forward pass over ``batch`` samples, in ``room``, which nobody else uses meanwhile.
+
+        What overflows is infinite, and NaN in the end: the losses say so, no warning does.
+        """
+        with np.errstate(all="ignore"):
+            self._run(batch, load, give, read, room)
+
+    def _run(self, batch: int, load: Load, give: Give, read: Read, room: Array) -> None:
         plan = self.schedule(batch)
         scratch, room = room[: self.scratch], room[self.scratch :]
         for number, segment in enumerate(plan.segments):

@@ -83,10 +83,9 @@ class Planner:
             for value in work.inputs:
                 self._last[value] = at
         self._last[works[-1].output] = len(works)
-        ends = [0, len(works)]
-        cuts = (
-            ends if whole else [at for at in range(len(works) + 1) if at in ends or len(self._live(at)) == 1]
-        )
+        # Where one value crosses, the one that was made last: what nobody reads may have been made since.
+        cuts = [at for at in range(1, len(works)) if self._live(at) == [works[at - 1].output]]
+        cuts = [0, *([] if whole else cuts), len(works)]
         self._segments = {(i, j): self._segment(i, j) for i in cuts for j in cuts if i < j}
 
     def schedule(self, batch: int, budget: int) -> Schedule:
