@@ -1,6 +1,7 @@
 """``baffle client`` as processes on a Python without torch: bits, keys, limits, kills, memory, errors."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -25,7 +26,9 @@ from baffle.errors import ConfigError
 from baffle.estimator import SteinEstimator
 from baffle.export import from_torch
 from baffle.federation import run
+from baffle.job import build
 from baffle.models import build as network
+from baffle.runs import RunFolder
 from baffle.runtimes.numpy import NumpyRuntime
 from baffle.server import Server
 from baffle.simulation import simulate
@@ -35,17 +38,10 @@ JOB = {"clients": 3, "rounds": 3, "directions": 12, "batch_size": 8, "threads": 
 NAMES = ["client-000", "client-001", "client-002"]
 # The command as `baffle` runs it, on a Python that has NumPy: it ends with its largest size in memory.
 PROGRAM = """
-import argparse
-from baffle.commands import client
-from baffle.errors import BaffleError
+from baffle.cli import main
 
-parser = argparse.ArgumentParser(prog="baffle client")
-client.arguments(parser)
-try:
-    client.run(parser.parse_args())
-except BaffleError as error:
-    print(f"baffle client: {error}", file=sys.stderr)
-    raise SystemExit(2)
+if code := main(["client", *sys.argv[1:]]):
+    raise SystemExit(code)
 assert not {"torch", "numba", "scipy", "PIL"} & sys.modules.keys()
 with open("/proc/self/status") as status:
     (line,) = [line for line in status if line.startswith("VmHWM")]
@@ -195,6 +191,20 @@ def test_each_way_to_measure_is_the_runtime_of_that_name(place, tmp_path, option
     assert (tmp_path / "state" / "weights.bin").exists() == streamed
 
 
+@pytest.mark.parametrize("mode", ["layer", "stream"])
+def test_a_pruned_model_in_half_precision_is_the_same_job(place, tmp_path, mode):
+    settings = config(place, clients=1, sparsity=0.5, downlink="float16", rounds=2, seed=3)
+    (tmp_path / "job.toml").write_text(settings.to_toml())
+    more = ("--config", str(tmp_path / "job.toml"), "--mode", mode, "--state", str(tmp_path / "state"))
+    job = build(settings)
+    own = own_of(place, Bundle.read(place / "bundle"))
+    list(simulate(job.server, [Client(NAMES[0], job.runtime, own, seed=3)], rounds=2))
+    with running(words_of(place, NAMES[0], ("--drop", tmp_path / "d"), *more)):
+        assert main(["train", "--drop", str(tmp_path / "d"), "--run", str(tmp_path / "run"), *more[:2]]) == 0
+    weights = RunFolder.open(tmp_path / "run").load_weights("final")
+    assert np.array_equal(weights, job.server.weights)
+
+
 def test_secure_sums_with_a_least_cohort(place, tmp_path, capsys):
     secure = {"secure": True, "max_dropout": 0.0, "max_colluding": 0.0}
     for name in NAMES:
@@ -220,8 +230,8 @@ def test_secure_sums_with_a_least_cohort(place, tmp_path, capsys):
         assert len(ledger.read_text().splitlines()) == JOB["rounds"]
         ledger.unlink()
     with running(*(words(name, 4) for name in NAMES)):
-        driver = Drop(tmp_path / "d", least=3)
-        lost = training.train(settings, tmp_path / "lost", print, driver=driver)
+        driver, once = Drop(tmp_path / "d", least=3), dataclasses.replace(settings, rounds=1)
+        lost = training.train(once, tmp_path / "lost", print, driver=driver)
     for row in lost.metrics():
         assert (
             "3 honest clients are sure to hide each other, this client's policy asks for 4" in row["aborted"]
@@ -327,8 +337,8 @@ def test_a_streamed_model_is_never_in_memory(tmp_path):
         folder = tmp_path / mode
         state = ("--mode", mode, "--state", str(folder / "state"))
         with running(words_of(tmp_path, "client-000", ("--drop", folder), *state)) as started:
-            server = Server(NumpyRuntime(bundle), SteinEstimator(2, 1e-3), batch_size=32, downlink="model")
-            assert [r.dropped for r in run(server, Drop(folder), rounds=2, deadline=30)] == [0, 0]
+            server = Server(NumpyRuntime(bundle), SteinEstimator(2, 1e-3), batch_size=32)
+            assert [r.dropped for r in run(server, Drop(folder), rounds=1, deadline=30)] == [0]
             sizes[mode] = ended(started["client-000"])
     assert sizes["stream"] < sizes["layer"] - 12_000
 
