@@ -1,6 +1,9 @@
 """Workers in real sandboxes: federations of them, what is refused, what the host's process can see."""
 
+import argparse
 import contextlib
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -14,15 +17,19 @@ import numpy as np
 import pytest
 import torch
 from enclave_world import need_sandbox, nothing_left
+from test_enclave_tpm import missing, simulator
 
 import baffle
 from baffle import device, federation
+from baffle.commands import enclave
 from baffle.enclave.evidence import AttestationError
 from baffle.enclave.host import EnclaveDriver, EnclaveHost, Setup, provision, provisioning
+from baffle.enclave.manifest import Manifest
 from baffle.enclave.sandbox import Limits
 from baffle.enclave.software import SoftwareRoot, SoftwareVerifier
+from baffle.enclave.tpm import TpmRoot, TpmVerifier
 from baffle.enclave.worker import Rows, seal_settings
-from baffle.errors import DeliveryError, SecurityError
+from baffle.errors import ConfigError, DeliveryError, SecurityError
 from baffle.exchange import Envelope, Reply
 from baffle.export import from_torch
 from baffle.runtimes.numpy import NumpyRuntime
@@ -398,6 +405,26 @@ def test_workers_with_a_state_sum_in_secret_and_go_on_when_they_are_killed(run, 
     assert any("asked for again" in dropout.text for dropout in record.dropouts)
 
 
+def test_a_tpm_vouches_for_a_worker_and_for_its_state(run, tmp_path):
+    """The simulator's. The worker goes on with what it has, and not with what it had."""
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    state = tmp_path / "state"
+    with simulator() as tcti:
+        root = TpmRoot(tcti, tmp_path)
+        run.verifier = TpmVerifier(root.public)
+        assert run.give(run.host(root=root, state=state)).kind == "tpm2"
+        assert next(federation.run(server_of(), run.driver(), rounds=1)).dropped == 0
+        old = (state / "state").read_bytes()
+        run.made["a"].close()
+        run.host(root=root, state=state)
+        assert next(federation.run(server_of(), run.driver(), rounds=1)).dropped == 0
+        run.made["a"].close()
+        (state / "state").write_bytes(old)
+        with pytest.raises(AttestationError, match="rolled back"):
+            run.host(root=root, state=state)
+
+
 def test_a_state_that_is_put_back_is_refused(run, bundle, tmp_path):
     _, _, settings = secured()
     host = run.host("a", state=tmp_path / "state")
@@ -466,7 +493,13 @@ def found_in(parts, canaries):
     return found
 
 
-def test_the_host_sees_ciphertext_alone(bundle, tmp_path):
+def command(*words):
+    parser = argparse.ArgumentParser()
+    enclave.arguments(parser)
+    return enclave.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_the_host_sees_ciphertext_alone(bundle, tmp_path, monkeypatch, capsys):
     """A host in a process of its own, by the command; its memory, files, pipes and socket are searched."""
     folder = Path(tempfile.mkdtemp(prefix="host-"))  # a socket's path is short
     run = subprocess.run(
@@ -479,7 +512,6 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path):
     rng = np.random.default_rng(17)
     x, y = rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8), rng.integers(0, 10, 30)
     name = "canary-of-a-name"
-    given = provisioning(name, bundle.folder, x, y, SERVER.public, seal=None)
     log, sock = folder / "pipes", folder / "s"
     arguments = ["run", "--root", f"software:{folder}/root", "--name", name, "--bundle", str(bundle.folder)]
     arguments += ["--listen", str(sock), "--state", str(folder / "state")]
@@ -489,8 +521,21 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path):
     try:
         assert "measurement" in process.stdout.readline()
         assert "listens at" in process.stdout.readline()
-        measurement = Setup(bundle.folder)
-        measurement = measurement.manifest(measurement.files()).measurement
+        manifest = folder / "manifest"
+        command("measure", "--bundle", bundle.folder, "--manifest", manifest)
+        measurement = Manifest.decode(manifest.read_bytes()).measurement
+        asked = [
+            "--trust",
+            f"software:{trust.hex()}",
+            "--manifest",
+            manifest,
+            "--name",
+            name,
+            "--listen",
+            sock,
+        ]
+        assert command("verify", *asked) == 0
+        assert f"{measurement.hex()} (assurance: software)" in capsys.readouterr().out
         moved = []
 
         class Socket:
@@ -498,7 +543,7 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path):
                 return [name]
 
             def exchange(self, data):
-                reply = device.relay(sock, data, 60)
+                reply = relay(sock, data, 60)
                 moved.extend((data, reply))
                 return reply
 
@@ -506,8 +551,14 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path):
                 for each in requests:
                     yield each, self.exchange(requests[each])
 
-        carrier, verifier = Socket(), SoftwareVerifier(trust)
-        provision(carrier.exchange, given, verifier, [measurement])
+        relay, carrier, verifier = device.relay, Socket(), SoftwareVerifier(trust)
+        monkeypatch.setattr(device, "relay", lambda path, data, seconds: carrier.exchange(data))
+        np.savez(tmp_path / "data.npz", x=x[:, 0], y=y)
+        owners = ["--bundle", bundle.folder, "--data", tmp_path / "data.npz", "--server", SERVER.public.hex()]
+        assert command("provision", *asked, *owners) == 0
+        assert "has 30 samples; assurance of what holds them: software" in capsys.readouterr().out
+        with pytest.raises(SecurityError, match="it takes no other"):
+            command("provision", *asked, *owners)
         server = server_of(seed=4)  # the bundle's own weights are the host's to see
         driver = EnclaveDriver(carrier, verifier, [measurement], SERVER)
         replies = []
@@ -558,13 +609,57 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# -- the command -----------------------------------------------------------------------------------------
+
+
+def test_what_the_owner_insists_on_goes_into_the_seal(tmp_path):
+    """The worker's seal is the one that a device would make of the same config."""
+    from baffle.identities import make_identity
+    from baffle.membership import device_seal
+
+    keys = {name: make_identity(tmp_path / name) for name in NAMES}
+    roster = "".join(f"{name} {key.public.hex()}\n" for name, key in keys.items())
+    (tmp_path / "roster").write_text(roster)
+    noise = "privacy = 'client'\nclip-norm = 1.0\nnoise-multiplier = 0.7\n"
+    (tmp_path / "job.toml").write_text(f"secure = true\nseed = 5\n{noise}")
+    parser = argparse.ArgumentParser()
+    enclave.arguments(parser)
+    words = ["provision", "--identity", "a", "--roster", "roster", "--config", "job.toml"]
+    words = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in words]
+    options = parser.parse_args(words)
+    config = enclave._config(options)
+    made, expected = enclave._seal(options, config, "a"), device_seal(config, "a", keys["a"])
+    assert made["policy"] == dataclasses.asdict(expected.policy)
+    assert made["roster"] == {name: key.public.hex() for name, key in keys.items()}
+    assert bytes.fromhex(made["identity"]) == keys["a"].to_bytes()
+    assert bytes.fromhex(made["job"]) == expected.job
+    assert (made["least_noise"], made["levels"]) == (0.7, expected.levels)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["run", "--name", "a", "--bundle", "b"], "needs --listen or --drop"),
+        (["run", "--bundle", "b"], "run needs --name"),
+        (["measure"], "measure needs --bundle"),
+        (["measure", "--bundle", "b", "--limit", "0"], "--limit 0"),
+        (["root", "--root", "here"], "software:… or tpm:…"),
+        (["root", "--root", "tpm:device"], "a TPM is there already"),
+        (["verify", "--trust", "software:00"], "64 hexadecimal digits"),
+        (["provision", "--name", "a", "--bundle", "b", "--server", "key"], "64 hexadecimal digits"),
+    ],
+)
+def test_options_that_do_not_go_together(words, text):
+    with pytest.raises(ConfigError, match=text):
+        command(*words)
+
+
 # -- the benchmark ----------------------------------------------------------------------------------------
 
 
 def test_a_slice_of_the_benchmark_and_the_page_it_prints(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import enclave
-
+    enclave = importlib.import_module("enclave")  # benchmarks/enclave.py
     (row,) = enclave.quickly().values()
     assert 15 < row["group_mb"] <= row["limit_mb"] == 90
     assert 30 < row["resident_mb"] < 90
