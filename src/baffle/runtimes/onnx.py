@@ -189,7 +189,8 @@ class OnnxRuntime:
     ) -> Iterator[NDArray[np.float64]]:
         """Losses (B,) of each direction."""
         self._look(weights, batch)
-        with self.holding(batch) if self._held is None else contextlib.nullcontext():
+        held = self._held is not None and self._held[0] is batch
+        with contextlib.nullcontext() if held else self.holding(batch):
             for k in directions:
                 self._perturb(weights, stream, perturbation, k, scale)
                 yield self._run(batch)
