@@ -73,6 +73,11 @@ def test_a_device_imports_nothing_that_is_heavy():
     assert found & HEAVY == set()
 
 
+def test_nor_does_its_program():
+    found = loaded(DEVICE + "import baffle.cli, baffle.commands.client, baffle.drop, baffle.limits")
+    assert found & HEAVY == {"argparse"}
+
+
 ROUND = """
 import numpy as np
 from baffle import Batch, Client, Endpoint, Layout, ModelMessage, RoundPlan, RoundResult, SteinEstimator
