@@ -29,7 +29,8 @@ from baffle.enclave.sandbox import Limits
 from baffle.enclave.software import SoftwareRoot, SoftwareVerifier
 from baffle.enclave.tpm import TpmRoot, TpmVerifier
 from baffle.enclave.worker import Rows, seal_settings
-from baffle.errors import ConfigError, DeliveryError, SecurityError
+from baffle.endpoint import Endpoint
+from baffle.errors import ConfigError, SecurityError
 from baffle.exchange import Envelope, Reply
 from baffle.export import from_torch
 from baffle.runtimes.numpy import NumpyRuntime
@@ -150,8 +151,8 @@ def open_client(bundle, name, **options):
     return baffle.Client(name, NumpyRuntime(bundle), Rows(*samples(name)), seed=bytes(32), **options)
 
 
-def secured():
-    keys = {name: Identity.generate() for name in NAMES}
+def secured(names=NAMES):
+    keys = {name: Identity.generate() for name in names}
     roster = baffle.Roster({name: key.public for name, key in keys.items()})
     protection = Protection(0.0, 0.3, 2)
     terms = baffle.Terms(baffle.FixedPoint(), 3, 100)
@@ -165,6 +166,7 @@ def secured():
     def settings(name):
         return seal_settings(keys[name], dict(zip(roster.names, roster.keys, strict=True)), protection.policy)
 
+    server.keys = keys
     return server, seal, settings
 
 
@@ -347,7 +349,7 @@ def test_what_is_not_sealed_is_refused(three):
 # -- what becomes of it -----------------------------------------------------------------------------------
 
 
-def test_more_data_than_memory_is_killed_and_said(run, bundle):
+def test_more_data_than_memory_is_killed_and_said(run, bundle, tmp_path, monkeypatch, capsys):
     host = run.host(setup=Setup(bundle.folder, limits=Limits(45_000_000)))
     much = np.zeros((700_000, 1, 8, 8), np.uint8)
     given = provisioning("a", bundle.folder, much, np.zeros(len(much), np.int64), SERVER.public)
@@ -357,7 +359,19 @@ def test_more_data_than_memory_is_killed_and_said(run, bundle):
     driver, server = run.driver(), server_of()
     (record,) = federation.run(server, driver, rounds=1)  # a new one was started, and has nothing
     assert "has not provisioned it" in record.dropouts[0].text
-    run.give(host)
+
+    # What fits, by the owner's command.
+    monkeypatch.setattr(device, "relay", lambda path, data, seconds: host.handle(data))
+    (tmp_path / "manifest").write_bytes(host.manifest.encode())
+    x, y = samples("a")
+    np.savez(tmp_path / "data.npz", x=x[:, 0], y=y)
+    words = ["--trust", f"software:{run.root.public.hex()}", "--manifest", tmp_path / "manifest"]
+    words += ["--name", "a", "--listen", "socket", "--bundle", bundle.folder]
+    words += ["--data", tmp_path / "data.npz", "--server", SERVER.public.hex()]
+    assert command("provision", *words) == 0
+    assert f"a has {len(y)} samples; assurance of what holds them: software" in capsys.readouterr().out
+    with pytest.raises(SecurityError, match="it takes no other"):
+        command("provision", *words)
     assert next(federation.run(server, driver, rounds=2)).dropped == 0
 
 
@@ -499,7 +513,7 @@ def command(*words):
     return enclave.run(parser.parse_args([str(word) for word in words]))
 
 
-def test_the_host_sees_ciphertext_alone(bundle, tmp_path, monkeypatch, capsys):
+def test_the_host_sees_ciphertext_alone(bundle, tmp_path, capsys):
     """A host in a process of its own, by the command; its memory, files, pipes and socket are searched."""
     folder = Path(tempfile.mkdtemp(prefix="host-"))  # a socket's path is short
     run = subprocess.run(
@@ -512,6 +526,8 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(17)
     x, y = rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8), rng.integers(0, 10, 30)
     name = "canary-of-a-name"
+    names = ["b", "c", name]
+    summed, seal, settings = secured(names)
     log, sock = folder / "pipes", folder / "s"
     arguments = ["run", "--root", f"software:{folder}/root", "--name", name, "--bundle", str(bundle.folder)]
     arguments += ["--listen", str(sock), "--state", str(folder / "state")]
@@ -524,26 +540,27 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path, monkeypatch, capsys):
         manifest = folder / "manifest"
         command("measure", "--bundle", bundle.folder, "--manifest", manifest)
         measurement = Manifest.decode(manifest.read_bytes()).measurement
-        asked = [
-            "--trust",
-            f"software:{trust.hex()}",
-            "--manifest",
-            manifest,
-            "--name",
-            name,
-            "--listen",
-            sock,
-        ]
+        asked = ["--trust", f"software:{trust.hex()}", "--manifest", manifest]
+        asked += ["--name", name, "--listen", sock]
         assert command("verify", *asked) == 0
         assert f"{measurement.hex()} (assurance: software)" in capsys.readouterr().out
         moved = []
 
-        class Socket:
+        class Wire:
+            """Two clients without walls, and the socket of the host."""
+
+            def __init__(self):
+                self.open = {
+                    each: Endpoint(open_client(bundle, each, seal=seal(each)))
+                    for each in names
+                    if each != name
+                }
+
             def names(self):
-                return [name]
+                return names
 
             def exchange(self, data):
-                reply = relay(sock, data, 60)
+                reply = device.relay(sock, data, 60)
                 moved.extend((data, reply))
                 return reply
 
@@ -551,40 +568,38 @@ def test_the_host_sees_ciphertext_alone(bundle, tmp_path, monkeypatch, capsys):
                 for each in requests:
                     yield each, self.exchange(requests[each])
 
-        relay, carrier, verifier = device.relay, Socket(), SoftwareVerifier(trust)
-        monkeypatch.setattr(device, "relay", lambda path, data, seconds: carrier.exchange(data))
-        np.savez(tmp_path / "data.npz", x=x[:, 0], y=y)
-        owners = ["--bundle", bundle.folder, "--data", tmp_path / "data.npz", "--server", SERVER.public.hex()]
-        assert command("provision", *asked, *owners) == 0
-        assert "has 30 samples; assurance of what holds them: software" in capsys.readouterr().out
-        with pytest.raises(SecurityError, match="it takes no other"):
-            command("provision", *asked, *owners)
-        server = server_of(seed=4)  # the bundle's own weights are the host's to see
+        class Both(Wire):
+            def ask(self, stage, requests, deadline):
+                for each in sorted(requests):
+                    if each in self.open:
+                        yield each, self.open[each].handle(requests[each])
+                    else:
+                        replies.extend(driver.ask(stage, {each: requests[each]}, deadline))
+                        yield replies[-1]
+
+        carrier, verifier, replies = Wire(), SoftwareVerifier(trust), []
+        given = provisioning(name, bundle.folder, x, y, SERVER.public, seal=settings(name))
+        provision(carrier.exchange, given, verifier, [measurement])
+        server = server_of(summed(), seed=4)  # the bundle's own weights are the host's to see
         driver = EnclaveDriver(carrier, verifier, [measurement], SERVER)
-        replies = []
-
-        class Heard:
-            names = driver.names
-
-            def ask(self, *arguments):
-                for each, outcome in driver.ask(*arguments):
-                    assert not isinstance(outcome, DeliveryError), outcome
-                    replies.append(outcome)
-                    yield each, outcome
-
-        first = server.model().weights
-        records = list(federation.run(server, Heard(), rounds=3))
+        first = server.model()
+        records = list(federation.run(server, Both(), rounds=3, forgiving=False))
         assert [record.dropped for record in records] == [0, 0, 0]
-        result = baffle.RoundResult.decode(Reply.decode(replies[0]).body)
+        alone = baffle.Client(name, NumpyRuntime(bundle), Rows(x, y), seed=bytes(32))
+        answer = alone.answer(records[0].plan.encode(), first.encode())
+        slopes = baffle.RoundResult.decode(answer).values
+        masked = max((Reply.decode(reply).body for _, reply in replies), key=len)
         canaries = {
             "an image": x[7].tobytes()[:24],
             "another image": x[29].tobytes()[-24:],
             "labels": y.tobytes()[:64],
-            "weights": first[50:56].tobytes(),
+            "weights": first.weights[50:56].tobytes(),
             "later weights": server.model().weights[60:66].tobytes(),
-            "slopes": result.values[:4].tobytes(),
+            "slopes": slopes[:4].tobytes(),
+            "masked slopes": masked[-32:],
             "the server's key": SERVER.to_bytes(),
-            "a reply": replies[1][:40],
+            "the client's key": summed.keys[name].to_bytes(),
+            "the client's key, as it was sent": summed.keys[name].to_bytes().hex().encode(),
         }
         known = {"the name": name.encode(), "the measurement": measurement}
         assert len({*canaries.values()}) == len(canaries)
