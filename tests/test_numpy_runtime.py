@@ -531,7 +531,10 @@ def test_outputs_are_torchs():
         batch = samples(shape)
         with torch.no_grad():
             want = module(torch.from_numpy(batch.inputs)).numpy()
-        got = NumpyRuntime(bundle).outputs(bundle.weights(), batch)
+        runtime, twin = NumpyRuntime(bundle), TorchRuntime(module)
+        assert runtime.layout == twin.layout
+        assert runtime.frozen_digest == twin.frozen_digest
+        got = runtime.outputs(bundle.weights(), batch)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
