@@ -354,8 +354,8 @@ def test_a_mode_is_chosen_for_the_memory_there_is(place, tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
     client.arguments(parser)
 
-    def chosen(memory, *more):
-        options = parser.parse_args(words_of(place, NAMES[0], ("--drop", "d"), *more))
+    def chosen(memory, *more, where=("--drop", "d")):
+        options = parser.parse_args(words_of(place, NAMES[0], where, *more))
         runtime, mode = client._runtime(options, bundle, 32, memory)
         assert 30_000_000 + runtime.peak(32) <= memory
         return mode
@@ -364,13 +364,21 @@ def test_a_mode_is_chosen_for_the_memory_there_is(place, tmp_path, monkeypatch):
     whole = NumpyRuntime(bundle).peak(32)
     assert chosen(30_000_000 + whole) == "layer"
     assert chosen(30_000_000 + whole, *state) == "layer"
-    least = min(
-        NumpyRuntime(bundle, mode=mode, memory=room).peak(32)
-        for mode in ("stream", "kernel")
-        for room in client._ROOMS
-        if room > 1 << 18
-    )
-    assert chosen(30_000_000 + least, *state) in ("stream", "kernel")
+
+    def least(*modes):
+        return min(
+            NumpyRuntime(bundle, mode=mode, memory=room).peak(32)
+            for mode in modes
+            for room in client._ROOMS
+            if room > 1 << 18
+        )
+
+    assert chosen(30_000_000 + least("stream", "kernel"), *state) in ("stream", "kernel")
+    carried = 8 * bundle.layout.n  # over a socket
+    socket = ("--listen", "s")
+    assert chosen(30_000_000 + least("layer") + carried, where=socket) == "layer"
+    with pytest.raises(ConfigError, match="MB at least"):
+        chosen(30_000_000 + least("layer") + carried - 1, where=socket)
     with pytest.raises(ConfigError, match=r"takes [0-9.]+ MB at least; with --state DIR"):
         chosen(30_000_001)
     with pytest.raises(ConfigError, match=r"MB at least$"):

@@ -112,7 +112,7 @@ def _endpoint(options: argparse.Namespace) -> Endpoint:
     from baffle.client import Client
     from baffle.data.local import load_local
     from baffle.endpoint import Alone, Endpoint, Stored
-    from baffle.limits import Guard, Limits
+    from baffle.limits import Guard, Limits, resident
 
     allowed = Limits(
         options.most_directions,
@@ -138,7 +138,8 @@ def _endpoint(options: argparse.Namespace) -> Endpoint:
     state = None if options.state is None else options.state / _DAYS
     streamed = mode in _STREAMED
     weights = bundle.stored if streamed and not config.sparsity else None
-    guard = Guard(allowed, client, state=state, weights=weights)
+    base = resident() + _carried(options, bundle)
+    guard = Guard(allowed, client, state=state, base=base, weights=weights)
     receiver = Stored(options.state / _WEIGHTS) if streamed else Alone()
     return Endpoint(client, receiver=receiver, guard=guard)
 
@@ -213,7 +214,7 @@ def _runtime(
     if memory is None:
         mode = options.mode or "layer"
         return made(mode, _ROOMS[0]), mode
-    base, least = resident(), None
+    base, least = resident() + _carried(options, bundle), None
     modes = ["layer"] if options.state is None else ["layer", *_STREAMED]
     for mode in [options.mode] if options.mode else modes:
         for room in _ROOMS:
@@ -230,6 +231,11 @@ def _runtime(
         f"--most-memory {memory / _MB:g}: a batch of {batch_size} takes {(least or base) / _MB:.1f} MB at "
         f"least{hint}"
     )
+
+
+def _carried(options: argparse.Namespace, bundle: Bundle) -> int:
+    """Bytes of a round's model on its way: over a socket it is all in memory, and twice as it comes."""
+    return 0 if options.drop is not None else 8 * bundle.layout.n
 
 
 def _samples(runtime: Any, data: RawDataset) -> Samples:
