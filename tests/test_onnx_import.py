@@ -62,6 +62,7 @@ def saved(path: Path, model: Any) -> Path:
     return path
 
 
+K, CONV, ACT, POOL = {"k": values(2, 2, 3, 3)}, ["conv2d"], ["activation"], ["max_pool"]
 HEAD = [
     make("GlobalAveragePool", ["f"], ["p"]),
     make("Flatten", ["p"], ["q"]),
@@ -192,6 +193,29 @@ def test_some_initializers_may_stay_as_they_are(exported_lenet: tuple[nn.Module,
         from_onnx(path, trainable="(")
 
 
+def test_what_depends_on_tensors_alone_may_be_anywhere(tmp_path: Path):
+    """A node that reads neither the input nor a parameter: before the cut, behind it, on both sides."""
+    nodes = [
+        make("Neg", ["minus"], ["k"]),
+        make("Conv", ["x", "k"], ["c"]),
+        make("ReduceMax", ["k"], ["top"], axes=[0, 1, 2, 3], keepdims=0),
+        make("Mul", ["c", "top"], ["f"]),
+        *HEAD[:2],
+        make("Mul", ["q", "top"], ["q2"]),
+        make("Gemm", ["q2", "w", "b"], ["z"]),
+        make("Mul", ["z", "top"], ["y"]),
+    ]
+    model = model_of(nodes, {"minus": -K["k"], "w": values(2, 3), "b": values(3)})
+    bundle = from_onnx(saved(tmp_path / "x.onnx", model), trainable="^[wb]$")
+    assert set(bundle.models) == {MODEL, PREFIX}
+    inputs = RNG.standard_normal((4, 2, 6, 6)).astype(np.float32)
+    runtime, batch = OnnxRuntime(bundle), Batch(inputs, np.zeros(4, np.int64))
+    for given in (batch, runtime.prefixed(batch)):
+        np.testing.assert_allclose(
+            runtime.outputs(bundle.weights(), given), outputs(model, inputs), rtol=1e-5
+        )
+
+
 def norm(groups: int, epsilon: float = 1e-3) -> list[Any]:
     """What exporters write for a group norm of x, 2 × 6 × 6."""
     return [
@@ -208,7 +232,6 @@ def sizes(*numbers: int) -> NDArray[np.int64]:
 
 NORM = {"s3": sizes(0, 1, -1), "one": np.ones(1, np.float32), "zero": np.zeros(1, np.float32)}
 SIX = {"lo": np.float32(0), "hi": np.float32(6)}
-K, CONV, ACT, POOL = {"k": values(2, 2, 3, 3)}, ["conv2d"], ["activation"], ["max_pool"]
 #: What a file may hold → operators of its graph, before the head.
 COVERED: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], list[str]]] = {
     "conv": (

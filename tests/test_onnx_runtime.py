@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from baffle import models
-from baffle.bundle import MODEL, PREFIX, Bundle
+from baffle.bundle import MODEL, PREFIX, Bundle, frozen_digest
 from baffle.errors import ConfigError, DataError
 from baffle.export import from_torch, mse
-from baffle.perturbations import Gaussian, Rademacher
+from baffle.onnx_file import OnnxNetwork
+from baffle.onnx_import import from_onnx
+from baffle.perturbations import Gaussian, Layout, Rademacher
 from baffle.runtimes import Batch, ExampleRuntime, HoldingRuntime
 from baffle.runtimes.numpy import NumpyRuntime
 from baffle.runtimes.onnx import OnnxRuntime, check_file
@@ -247,9 +249,7 @@ def test_a_module_that_mixes_samples_is_not_exported():
 
 
 def test_a_file_that_mixes_samples_is_found_out(tmp_path: Path):
-    """By hand: an export refuses it."""
-    from baffle.onnx_file import OnnxNetwork
-
+    """By hand: an export refuses it, and so does an import."""
     path = tmp_path / "mixing.onnx"
     helper, proto = onnx.helper, onnx.TensorProto
     w = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
@@ -266,22 +266,25 @@ def test_a_file_that_mixes_samples_is_found_out(tmp_path: Path):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     path.write_bytes(model.SerializeToString())
+    with pytest.raises(ConfigError, match="mixes the samples"):
+        from_onnx(path)
     network = OnnxNetwork(onnx, path, model, "cross-entropy")
     network.trainable("all")
     network.outputs((6,))
-    made = from_torch(Strange(), input_shape=(6,), onnx=True)
-    layout = type(made.layout)(("w",), ((6, 5),))
+    layout = Layout(("w",), ((6, 5),))
     bundle = Bundle(
-        **{
-            **{name: getattr(made, name) for name in ("name", "input_shape", "classes", "scale", "shift")},
-            "layout": layout,
-            "frozen": {},
-            "frozen_digest": made.frozen_digest,
-            "graph": None,
-            "missing": "Sub",
-            "initial": w.reshape(-1),
-            "models": network.models(layout, {}),
-        }
+        name="mixing",
+        layout=layout,
+        frozen={},
+        frozen_digest=frozen_digest({}),
+        input_shape=(6,),
+        classes=tuple("abcde"),
+        scale=np.ones(6, np.float32),
+        shift=np.zeros(6, np.float32),
+        graph=None,
+        missing="Sub",
+        initial=w.reshape(-1),
+        models=network.models(layout, {}),
     )
     batch = samples((6,))
     h = batch.inputs.astype(np.float64) @ w

@@ -319,17 +319,17 @@ class OnnxNetwork:
                 moving.update(node.output)
             if names & reached:
                 reached.update(node.output)
-        before = [node for node in nodes if not moving & set(node.output) and reached & set(node.output)]
+        before = [node for node in nodes if not moving & set(node.output)]
         after = [node for node in nodes if moving & set(node.output)]
         crossing = {name for node in after for name in _read_by(node)} & (reached - moving)
-        if before and len(crossing) == 1 and crossing != {self.source.name}:
+        if len(crossing) == 1 and crossing != {self.source.name}:
             (cut,) = crossing
             helper = self.onnx.helper
-            models[PREFIX] = self._file(
-                [*before, helper.make_node("Identity", [cut], [_FEATURES])], [self.source], [_FEATURES], {}
-            )
+            end = helper.make_node("Identity", [cut], [_FEATURES])
+            models[PREFIX] = self._file([*before, end], [self.source], [_FEATURES], {})
             start = helper.make_tensor_value_info(cut, self.onnx.TensorProto.FLOAT, None)
-            nodes = [node for node in nodes if node not in before]
+            # What depends on tensors alone belongs to both.
+            nodes = [node for node in nodes if moving & set(node.output) or not reached & set(node.output)]
         models[MODEL] = self._file(nodes, [start], [], forms, layout)
         return models
 
