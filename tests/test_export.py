@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from baffle.agreement import check_equal
 from baffle.bundle import Bundle
 from baffle.commands import export as command
 from baffle.config import TrainConfig
-from baffle.errors import ConfigError, DataError
+from baffle.errors import ConfigError, DataError, MissingExtraError
 from baffle.export import from_torch
 from baffle.onnx_writer import _bins
 from baffle.runs import RunFolder
@@ -316,6 +317,19 @@ def test_bins_are_those_of_torch(before: int, after: int):
     x = torch.randn(1, 1, before, 1)
     want = F.adaptive_avg_pool2d(x, (after, 1)).reshape(-1)
     np.testing.assert_allclose(_bins(before, after) @ x.reshape(-1).numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("onnx", "onnx"), ("onnxruntime", "onnx"), ("onnxscript", "export")]
+)
+def test_packages_that_are_not_installed(package: str, extra: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    body = (lambda self, x: torch.sin(x)) if package == "onnxscript" else (lambda self, x: x)
+    module = built(Calls(body))
+    with pytest.raises(MissingExtraError, match=rf"{package}.*baffle-fl\[{extra}\]"):
+        from_torch(module, input_shape=SHAPE)
+    if package != "onnxscript":
+        assert from_torch(module, input_shape=SHAPE, onnx=False).models == {}
 
 
 # --- the command -----------------------------------------------------------------------------------
