@@ -108,6 +108,8 @@ def check_parity(module: nn.Module, bundle: Bundle, batch: Batch, rtol: float) -
             other.losses(w, batch, STREAM, Rademacher(), range(3), 0.01), means, rtol=rtol
         )
         np.testing.assert_allclose(slopes(other, w, batch, sigma), s, rtol=0, atol=room)
+        wide, far = (slopes(runtime, w, batch, 0.1).mean(axis=1) for runtime in (by_torch, other))
+        assert np.linalg.norm(far - wide) < 1e-5 * np.linalg.norm(wide)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
