@@ -13,7 +13,7 @@ from baffle.perturbations import Layout
 from baffle.runtimes import Batch, network, schedule
 from baffle.runtimes.graph import Graph, Node
 from baffle.runtimes.numpy import MODES, NumpyRuntime
-from baffle.runtimes.schedule import Planner, Work
+from baffle.runtimes.schedule import CACHE, Planner, Work
 
 CONV = (("dilation", (1, 1)), ("groups", 1), ("pad", (0, 0, 0, 0)), ("stride", (1, 1)))
 SHAPE = (3, 4, 2)
@@ -25,8 +25,8 @@ def graphs(draw):
     nodes, tensors = [], {}
     for number in range(draw(st.integers(1, 12))):
         op = draw(st.sampled_from(["conv2d", "activation", "add", "mul", "scale_shift"]))
-        recent = st.integers(max(0, number - 2), number)
-        inputs = tuple(draw(recent | st.integers(0, number)) for _ in range(2 if op in ("add", "mul") else 1))
+        back = st.sampled_from([0, 0, 0, 0, 1, 2, 5])  # mostly what was made last
+        inputs = tuple(max(0, number - draw(back)) for _ in range(2 if op in ("add", "mul") else 1))
         roles, values = (), ()
         if op == "conv2d":
             tensors[f"w{number}"] = (3, 3, 1, 1)
@@ -83,12 +83,13 @@ def test_any_graph_gives_its_values_however_it_is_cut(made, mode, batch, micro, 
             patch.setattr(network, "BLOCK", 4)
             patch.setattr(schedule, "WORTH", 1)
         runtime = NumpyRuntime(bundle, arithmetic="float64", **options)
+        parts = [part for part in (runtime._prefix, runtime._network) if part is not None]
         try:
-            segments = runtime._network.schedule(batch).segments
+            segments = [part.schedule(batch).segments for part in parts]
         except ConfigError:
             REFUSED.append(options)
             return
-        CUTS.append(len(segments))
+        CUTS.append(max(map(len, segments)))
         got = runtime.outputs(w, Batch(x, np.zeros(batch, int)))
     want = naive(graph, layout, w, x)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * max(1, np.abs(want).max()))
@@ -101,7 +102,7 @@ CUTS: list[int] = []
 def test_the_random_networks_were_cut_and_mostly_ran():
     if len(CUTS) < 100:
         pytest.skip("runs behind the test above")
-    assert max(CUTS) > 3
+    assert max(CUTS) > 2
     assert len(REFUSED) < len(CUTS)
 
 
@@ -162,6 +163,24 @@ def test_values_that_are_needed_at_once_do_not_overlap():
 def test_a_budget_that_holds_no_sample_names_what_would():
     works = chain([1000, 1000], [1, 1])
     planner = Planner(works, 10, 4, whole=False, micro_batch=None)
-    with pytest.raises(ConfigError, match=r"7000 bytes of memory do not hold .* 1 sample at.*: 8000 do"):
+    with pytest.raises(ConfigError, match=r"7000 bytes of memory do not hold .* 1 sample at.*: 8000 would"):
         planner.schedule(1, 7000)
-    assert planner.schedule(1, 8040).segments
+    assert planner.schedule(1, 8000).segments
+    with pytest.raises(ConfigError, match=r"8000 bytes .*: 8004 would"):
+        planner.schedule(1, 8000, aside=4)
+
+
+def test_weights_are_made_again_as_seldom_as_what_is_there_allows():
+    """A layer made in blocks, once for each micro-batch: its micro-batch grows into what others need."""
+    works = [
+        Work((0,), 1, 1 << 20, False, 600_000, 0),
+        Work((1,), 2, 1 << 13, False, 100, 0),
+        Work((2,), 3, 1 << 16, False, 100, 1 << 18),
+        Work((3,), 4, 1 << 13, False, 600_000, 0),
+        Work((4,), 5, 10, False, 10, 0),
+    ]
+    plan = Planner(works, 16, 4, whole=False, micro_batch=None).schedule(64, 8 << 20)
+    (segment,) = (s for s in plan.segments if s.again)
+    assert segment.first > 0
+    assert segment.micro > CACHE // (4 * segment.arena)
+    assert max(s.size(64, s.micro) for s in plan.segments) == plan.size

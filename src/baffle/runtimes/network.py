@@ -119,11 +119,9 @@ class Network:
     def schedule(self, batch: int) -> Schedule:
         """Raises ConfigError where the budget does not hold one sample's activations."""
         if batch not in self._schedules:
-            self._schedules = {batch: self.planner.schedule(batch, self._budget())}
+            aside = self.scratch * self.dtype.itemsize
+            self._schedules = {batch: self.planner.schedule(batch, self.memory, aside)}
         return self._schedules[batch]
-
-    def _budget(self) -> int:
-        return self.memory - self.scratch * self.dtype.itemsize
 
     def block(self, batch: int) -> int:
         """Bytes of the array that a run over ``batch`` samples works in."""

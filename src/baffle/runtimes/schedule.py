@@ -88,14 +88,14 @@ class Planner:
         cuts = [0, *([] if whole else cuts), len(works)]
         self._segments = {(i, j): self._segment(i, j) for i in cuts for j in cuts if i < j}
 
-    def schedule(self, batch: int, budget: int) -> Schedule:
-        """For ``batch`` samples, with activations within ``budget`` bytes.
+    def schedule(self, batch: int, budget: int, aside: int = 0) -> Schedule:
+        """For ``batch`` samples, with activations within ``budget`` bytes, less what is put ``aside`` of it.
 
         Of all ways to cut, the one whose largest segment is smallest; of those the one that makes the fewest
         weights twice; of those the one with the fewest segments. Raises ConfigError where not one sample (or
         micro-batch, if that is fixed) fits.
         """
-        room = budget // self.itemsize
+        room = (budget - aside) // self.itemsize
         best = {0: (0, 0, 0, 0)}  # end → largest, made again, segments, where the last of them begins
         for (i, j), segment in sorted(self._segments.items(), key=lambda item: (item[0][1], item[0][0])):
             micro = self._micro(segment, batch, room)
@@ -107,7 +107,7 @@ class Planner:
                 best[j] = min(best.get(j, (largest, again, count + 1, i)), (largest, again, count + 1, i))
         at = len(self.works)
         if at not in best:
-            raise ConfigError(self._too_little(batch, budget))
+            raise ConfigError(self._too_little(batch, budget, aside))
         chosen: list[Segment] = []
         while at:
             begin = best[at][3]
@@ -116,7 +116,9 @@ class Planner:
             micro = -(-batch // -(-batch // self._micro(segment, batch, room)))
             chosen.insert(0, replace(segment, micro=micro))
             at = begin
-        return Schedule(batch, tuple(chosen), max(segment.size(batch, segment.micro) for segment in chosen))
+        size = max(segment.size(batch, segment.micro) for segment in chosen)
+        roomy = [self._roomy(segment, batch, room, size) for segment in chosen]
+        return Schedule(batch, tuple(roomy), size)
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -133,6 +135,14 @@ class Planner:
             return wanted if most >= wanted else 0
         cached = CACHE // (self.itemsize * segment.arena) if segment.arena else batch
         return max(0, min(most, max(1, cached), batch))
+
+    def _roomy(self, segment: Segment, batch: int, room: int, size: int) -> Segment:
+        """With as large a micro-batch as fits into what is there, where that saves making weights again."""
+        if not segment.again or not segment.arena or self.micro_batch is not None:
+            return segment
+        left = min(room, size - segment.weights) - segment.kept * batch
+        most = max(segment.micro, min(batch, left // segment.arena))
+        return replace(segment, micro=-(-batch // -(-batch // most)))
 
     def _segment(self, first: int, stop: int) -> Segment:
         steps = self.works[first:stop]
@@ -181,10 +191,10 @@ class Planner:
             sum(work.again for work in steps),
         )
 
-    def _too_little(self, batch: int, budget: int) -> str:
+    def _too_little(self, batch: int, budget: int, aside: int) -> str:
         count = min(self.micro_batch or 1, batch)
-        need = self._segments[0, len(self.works)].arena * count * self.itemsize
+        need = self._segments[0, len(self.works)].arena * count * self.itemsize + aside
         return (
             f"{budget} bytes of memory do not hold the activations of {count} sample{'s' * (count > 1)} "
-            f"at a time of a batch of {batch}: {need} do"
+            f"at a time of a batch of {batch}: {need} would"
         )
