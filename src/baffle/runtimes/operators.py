@@ -55,10 +55,7 @@ class BatchNorm(Step):
 
 
 class Norm(Step):
-    """Group norm and layer norm: mean and variance of parts of each sample, in two passes over it.
-
-    Values are seen as (parts, pixels, channels of a part), in strides of the inner order.
-    """
+    """Group norm and layer norm: mean and variance of parts of each sample, in two passes over it."""
 
     in_place = True
 
@@ -74,13 +71,18 @@ class Norm(Step):
         self.groups = node.setting("groups") if node.op == "group_norm" else 1
         self.channels, self.pixels = channels, pixels
         self.repeat = repeated(pixels, channels)
-        self.held = {role: math.prod(self.affine) for role, _ in node.tensors}
+        along = self.repeat if node.op == "group_norm" else 1
+        self.held = {role: math.prod(self.affine) * along for role, _ in node.tensors}
+        # Of each element of a run of pixels, the group that it belongs to.
+        self.group = np.tile(np.arange(channels) // (channels // self.groups), self.repeat)
         if not self.plain:
             self.scratch = max(strip, pixels * channels)
 
     def load(self, read: Read, held: Mapping[str, Array]) -> None:
+        size = math.prod(self.affine)
         for role, name in self.node.tensors:
-            read_into(read, name, held[role])
+            read_into(read, name, held[role][:size])
+            held[role].reshape(-1, size)[1:] = held[role][:size]
 
     def run(
         self, inputs: Sequence[Array], out: Array, held: Mapping[str, Array], scratch: Array, read: Read
@@ -107,20 +109,15 @@ class Norm(Step):
             means: Array = sums.reshape(self.groups, -1).sum(axis=1) / count
             return means
 
-        def along(values: Array) -> Array:
-            """One value a group → one for each element of a run."""
-            each = np.repeat(values, self.channels // self.groups)
-            return np.tile(each, self.repeat)
-
         mean = of_groups(np.matmul(np.ones(self.pixels, dtype), x))
-        np.subtract(x.reshape(runs.shape), along(mean), out=runs)
+        np.subtract(x.reshape(runs.shape), mean[self.group], out=runs)
         variance = of_groups(np.einsum("pc,pc->c", y, y))
-        scale = along(1 / np.sqrt(variance + dtype.type(self.node.setting("eps"))))
+        scale = (1 / np.sqrt(variance + dtype.type(self.node.setting("eps"))))[self.group]
         if self.node.op == "group_norm" and "weight" in held:
-            scale *= np.tile(held["weight"], self.repeat)
+            scale *= held["weight"]
         runs *= scale
         if self.node.op == "group_norm" and "bias" in held:
-            runs += np.tile(held["bias"], self.repeat)
+            runs += held["bias"]
 
     def _by_axes(self, x: Array, y: Array, scratch: Array) -> None:
         """A layer norm over some of the axes."""
