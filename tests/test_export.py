@@ -238,6 +238,29 @@ def test_mobilenet(norm: str | None):
     assert bundle.layout == TorchRuntime(module).layout
 
 
+class Counted(nn.Module):
+    """Writes to a buffer whenever it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        result: Tensor = self.layer(x)
+        return result
+
+
+def test_what_a_forward_writes_is_not_written_to_the_module():
+    pytest.importorskip("onnxscript")
+    module = Counted()
+    bundle = from_torch(module, input_shape=(4,))
+    assert module.calls.item() == 0
+    assert bundle.frozen["calls"] == 0
+    assert bundle.frozen_digest == TorchRuntime(module).frozen_digest
+
+
 def test_tied_weights_are_one_tensor():
     class Tied(nn.Module):
         def __init__(self) -> None:

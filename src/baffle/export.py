@@ -68,15 +68,18 @@ def from_torch(
     MissingExtraError without the packages. The module is left as it was.
     """
     shape, name = tuple(input_shape), name or type(module).__name__
-    quiet = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())}).eval()
+    quiet = _copied(module)
     _check_types(quiet)
+    frozen = {n: p.detach() for n, p in quiet.named_parameters() if not p.requires_grad}
+    frozen |= {n: b.detach() for n, b in quiet.named_buffers()}
+    held = {n: _fixed(t) for n, t in frozen.items()}
     runtime = TorchRuntime(quiet, loss)
     kind = "cross-entropy" if loss is cross_entropy else "mse" if loss is mse else None
     graph: Graph | None = None
     missing = f"the loss {getattr(loss, '__name__', type(loss).__name__)}"
     if kind is not None:
         try:
-            graph, missing = graph_of(quiet, shape, kind), ""
+            graph, missing = graph_of(_copied(quiet), shape, kind), ""
         except UncoveredError as error:
             missing = str(error)
     if graph is None and not onnx:
@@ -84,7 +87,7 @@ def from_torch(
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn((_SAMPLES, *shape), generator=generator)
     with torch.no_grad():
-        outputs = quiet(inputs)
+        outputs = _copied(quiet)(inputs)
     if not isinstance(outputs, Tensor) or len(outputs) != _SAMPLES:
         raise ConfigError(f"{name}: its output must be one tensor with a row a sample")
     if targets is None and kind == "mse":
@@ -94,14 +97,11 @@ def from_torch(
     elif len(targets) < _SAMPLES:
         raise ConfigError(f"{name}: {_SAMPLES} example targets at least are needed")
     batch = Batch(inputs.numpy(), targets[:_SAMPLES].numpy())
-    frozen = {n: p.detach() for n, p in quiet.named_parameters() if not p.requires_grad}
-    frozen |= {n: b.detach() for n, b in quiet.named_buffers()}
-    held = {n: _fixed(t) for n, t in frozen.items()}
     models: dict[str, bytes] = {}
     if onnx and graph is not None:
         models = write_models(graph, runtime.layout, runtime.weights(), held)
     elif onnx:
-        models = _onnx_models(quiet, runtime, loss, inputs, targets[:_SAMPLES])
+        models = _onnx_models(_copied(quiet), runtime, loss, inputs, targets[:_SAMPLES])
     channels = shape[0]
     bundle = Bundle(
         name=name,
@@ -121,6 +121,11 @@ def from_torch(
     for other in (*checked, *([OnnxRuntime(bundle)] if models else [])):
         check_equal(runtime, other, batch)
     return bundle
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """In eval mode, with the module's own parameters, and buffers that a forward may write to."""
+    return copy.deepcopy(module, {id(t): t for t in module.parameters()}).eval()
 
 
 def _check_types(module: nn.Module) -> None:
