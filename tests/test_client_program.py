@@ -319,8 +319,9 @@ def test_killed_in_the_middle_of_a_measurement(place, tmp_path):
     assert np.array_equal(apart.weights, here.weights)
 
 
-def test_a_streamed_model_is_never_in_memory(tmp_path):
-    """16 MB of weights in layers of 2 MB, over a folder: `layer` holds them all, `stream` a layer or two."""
+@pytest.mark.parametrize("way", ["drop", "listen"])
+def test_a_streamed_model_is_never_in_memory(tmp_path, short, way):
+    """16 MB of weights in layers of 2 MB: `layer` holds them all, `stream` a layer or two."""
     import torch
 
     torch.manual_seed(0)
@@ -334,12 +335,15 @@ def test_a_streamed_model_is_never_in_memory(tmp_path):
     assert 4 * bundle.layout.n > 16 * 10**6
     sizes = {}
     for mode in ("layer", "stream"):
-        folder = tmp_path / mode
-        state = ("--mode", mode, "--state", str(folder / "state"))
-        with running(words_of(tmp_path, "client-000", ("--drop", folder), *state)) as started:
+        folder = short / mode
+        state = ("--mode", mode, "--state", str(tmp_path / mode / "state"))
+        where = ("--drop", folder) if way == "drop" else ("--listen", folder / "client-000.sock")
+        with running(words_of(tmp_path, "client-000", where, *state)) as started:
             server = Server(NumpyRuntime(bundle), SteinEstimator(2, 1e-3), batch_size=32)
-            assert [r.dropped for r in run(server, Drop(folder), rounds=1, deadline=30)] == [0]
+            driver = Drop(folder) if way == "drop" else Sockets(folder)
+            assert [r.dropped for r in run(server, driver, rounds=1, deadline=30)] == [0]
             sizes[mode] = ended(started["client-000"])
+        assert not [*(tmp_path / mode / "state").glob(".*")]
     assert sizes["stream"] < sizes["layer"] - 12_000
 
 

@@ -108,7 +108,7 @@ class Bundle:
         if self.initial is not None:
             return self.initial.copy()
         with self.stored() as source:
-            return np.array(source[0 : self.layout.n], np.float32)
+            return source[0 : self.layout.n]  # a fresh array
 
     def stored(self) -> StoredWeights:
         """The weights where they lie on disk: not read yet. Raises ConfigError where there is no folder."""

@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from baffle.endpoint import Endpoint
-from baffle.errors import ConfigError, DataError, DeliveryError
+from baffle.errors import ConfigError, DataError, DeliveryError, MessageError
+from baffle.exchange import TICKET_BYTES, Envelope, Reply
 from baffle.federation import Outcome, in_order
 
 _LONGEST_PATH = 100  # of a socket: 108 bytes are all that the kernel has for it
@@ -30,11 +31,15 @@ _SECONDS_TO_SPEAK = 30.0  # for whoever has connected
 _SUFFIX = ".sock"
 
 
-def serve(endpoint: Endpoint, path: Path, ready: Callable[[], None] = lambda: None) -> None:
+def serve(
+    endpoint: Endpoint, path: Path, ready: Callable[[], None] = lambda: None, *, spool: Path | None = None
+) -> None:
     """Answers at ``path`` until the process ends, one exchange at a time; calls ``ready`` once it listens.
 
-    A socket that a killed device left behind is replaced. Raises ConfigError for a path that is too long,
-    DataError where the socket cannot be made, or another device listens there.
+    A socket that a killed device left behind is replaced. With ``spool``, envelopes go to a file in that
+    folder as they come, and packages are read from there: a model is never in memory as bytes. Raises
+    ConfigError for a path that is too long, DataError where the socket cannot be made, or another device
+    listens there.
     """
     with _listening(path) as listener:
         ready()
@@ -42,11 +47,51 @@ def serve(endpoint: Endpoint, path: Path, ready: Callable[[], None] = lambda: No
             connection, _ = listener.accept()
             # Who leaves before the reply, or says nothing, is not waited for.
             with connection, contextlib.suppress(OSError, EOFError, DeliveryError):
-                envelope = _receive(connection, time.monotonic() + _SECONDS_TO_SPEAK)
-                # A device that was held up finds rounds that have ended without it: not worth a measurement.
-                if not _has_left(connection):
-                    reply = endpoint.handle(envelope)
-                    _send(connection, reply, time.monotonic() + _SECONDS_TO_SPEAK)
+                until = time.monotonic() + _SECONDS_TO_SPEAK
+                ask = _in_memory(connection, until) if spool is None else _in_file(connection, until, spool)
+                with ask as answered:
+                    # A device that was held up finds rounds that ended without it: not worth a measurement.
+                    if not _has_left(connection):
+                        reply = answered(endpoint)
+                        _send(connection, reply, time.monotonic() + _SECONDS_TO_SPEAK)
+
+
+@contextlib.contextmanager
+def _in_memory(connection: socket.socket, until: float) -> Iterator[Callable[[Endpoint], bytes]]:
+    envelope = _receive(connection, until)
+    yield lambda endpoint: endpoint.handle(envelope)
+
+
+@contextlib.contextmanager
+def _in_file(connection: socket.socket, until: float, folder: Path) -> Iterator[Callable[[Endpoint], bytes]]:
+    path, file, wrong = folder / f".envelope-{os.getpid()}.part", -1, None
+    try:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            path.unlink()  # it ends with its descriptor, whatever ends the process
+        except OSError as error:
+            wrong = error
+        for part in _parts(connection, _size(connection, until), until):
+            left = memoryview(part)
+            try:
+                while wrong is None and left:
+                    left = left[os.write(file, left) :]
+            except OSError as error:  # the rest is heard all the same: only then does the sender listen
+                wrong = error
+
+        def answered(endpoint: Endpoint) -> bytes:
+            if wrong is not None:
+                text = f"no room for a message: {wrong.strerror}"
+                return Reply.explaining(bytes(TICKET_BYTES), "failed", text).encode()
+            try:
+                return endpoint.reply(Envelope.read(file))
+            except MessageError as error:
+                return Reply.explaining(bytes(TICKET_BYTES), "malformed", error).encode()
+
+        yield answered
+    finally:
+        if file >= 0:
+            os.close(file)
 
 
 def relay(path: str | Path, envelope: bytes, timeout: float | None = None) -> bytes:
@@ -156,22 +201,25 @@ def _send(connection: socket.socket, data: bytes, until: float | None) -> None:
 
 def _receive(connection: socket.socket, until: float | None) -> bytes:
     """Raises TimeoutError at the time ``until``, EOFError where the other side ends."""
-    (size,) = struct.unpack("<Q", _exactly(connection, 8, until))
+    return b"".join(_parts(connection, _size(connection, until), until))
+
+
+def _size(connection: socket.socket, until: float | None) -> int:
+    (size,) = struct.unpack("<Q", b"".join(_parts(connection, 8, until)))
     if size > _MOST_BYTES:
         raise DeliveryError("malformed", f"a message that says to be {size} bytes long")
-    return _exactly(connection, size, until)
+    return int(size)
 
 
-def _exactly(connection: socket.socket, size: int, until: float | None) -> bytes:
-    parts, left = [], size
+def _parts(connection: socket.socket, size: int, until: float | None) -> Iterator[bytes]:
+    left = size
     while left:
         _until(connection, until)  # again before each part: they may drip
         part = connection.recv(min(left, 1 << 20))
         if not part:
             raise EOFError("the connection has ended")
-        parts.append(part)
+        yield part
         left -= len(part)
-    return b"".join(parts)
 
 
 def _until(connection: socket.socket, until: float | None) -> None:

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     # Before NumPy is imported: a thread of the BLAS has buffers of its own, and numba is larger than NumPy.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("BAFFLE_KERNELS", "0")
-    endpoint = _endpoint(options)
+    endpoint, streamed = _endpoint(options)
 
     def end(_signal: int, _frame: Any) -> None:
         raise KeyboardInterrupt
@@ -93,15 +93,24 @@ def run(options: argparse.Namespace) -> int:
         else:
             from baffle.device import serve
 
-            serve(endpoint, options.listen, lambda: _say(f"{options.name} listens at {options.listen}"))
+            spool = options.state if streamed else None
+            serve(
+                endpoint,
+                options.listen,
+                lambda: _say(f"{options.name} listens at {options.listen}"),
+                spool=spool,
+            )
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends as it is
         _say(f"{options.name} has ended")
     return 0
 
 
-def _endpoint(options: argparse.Namespace) -> Endpoint:
-    """The client as its options say. What cannot be is refused before anything large is read."""
+def _endpoint(options: argparse.Namespace) -> tuple[Endpoint, bool]:
+    """The client as its options say, and whether models go to a file as they come.
+
+    What cannot be is refused before anything large is read.
+    """
     config = _config(options)
     if options.drop is not None:
         from baffle.drop import folder_name
@@ -138,10 +147,10 @@ def _endpoint(options: argparse.Namespace) -> Endpoint:
     state = None if options.state is None else options.state / _DAYS
     streamed = mode in _STREAMED
     weights = bundle.stored if streamed and not config.sparsity else None
-    base = resident() + _carried(options, bundle)
+    base = resident() + _carried(options, bundle, mode)
     guard = Guard(allowed, client, state=state, base=base, weights=weights)
     receiver = Stored(options.state / _WEIGHTS) if streamed else Alone()
-    return Endpoint(client, receiver=receiver, guard=guard)
+    return Endpoint(client, receiver=receiver, guard=guard), streamed
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
@@ -214,13 +223,13 @@ def _runtime(
     if memory is None:
         mode = options.mode or "layer"
         return made(mode, _ROOMS[0]), mode
-    base, least = resident() + _carried(options, bundle), None
+    base, least = resident(), None
     modes = ["layer"] if options.state is None else ["layer", *_STREAMED]
     for mode in [options.mode] if options.mode else modes:
         for room in _ROOMS:
             try:
                 runtime = made(mode, room)
-                needed = base + runtime.peak(batch_size)
+                needed = base + _carried(options, bundle, mode) + runtime.peak(batch_size)
             except ConfigError:  # a sample does not fit that little room
                 break
             if needed <= memory:
@@ -233,9 +242,9 @@ def _runtime(
     )
 
 
-def _carried(options: argparse.Namespace, bundle: Bundle) -> int:
-    """Bytes of a round's model on its way: over a socket it is all in memory, and twice as it comes."""
-    return 0 if options.drop is not None else 8 * bundle.layout.n
+def _carried(options: argparse.Namespace, bundle: Bundle, mode: str) -> int:
+    """Bytes of a round's model on its way: from a socket to memory it is there twice as it comes."""
+    return 0 if options.drop is not None or mode in _STREAMED else 8 * bundle.layout.n
 
 
 def _samples(runtime: Any, data: RawDataset) -> Samples:
