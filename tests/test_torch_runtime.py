@@ -820,3 +820,36 @@ def test_a_loss_that_is_not_finite_is_the_estimators_to_refuse():
     assert not np.isfinite(runtime.loss(w, vectors()))
     with pytest.raises(LossError):
         SteinEstimator(2).slopes(runtime, w, vectors(), STREAM)
+
+
+class Viewing(nn.Module):
+    """Most networks' own way to a classifier: it works on the common order of memory alone."""
+
+    def __init__(self, view, frozen=False):
+        super().__init__()
+        self.body, self.head, self.view = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(64, 3), view
+        self.body.requires_grad_(not frozen)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.head(x.view(x.size(0), -1) if self.view else x.flatten(1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_module_that_views_its_images_is_measured_like_one_that_flattens_them(frozen):
+    viewing, flattening = (TorchRuntime(made(lambda v=v: Viewing(v, frozen))) for v in (True, False))
+    rng = np.random.default_rng(2)
+    batch = Batch(rng.standard_normal((6, 1, 4, 4)).astype(np.float32), rng.integers(0, 3, 6))
+    w = viewing.weights()
+    assert np.array_equal(w, flattening.weights())
+    for runtime in (viewing, flattening):
+        got = runtime.losses(w, batch, STREAM, Gaussian(), range(4), 0.1)
+        np.testing.assert_allclose(
+            got, flattening.losses(w, batch, STREAM, Gaussian(), range(4), 0.1), rtol=1e-6
+        )
+        with runtime.holding(batch):
+            assert runtime.loss(w, batch) == pytest.approx(flattening.loss(w, batch), rel=1e-6)
+    np.testing.assert_allclose(viewing.outputs(w, batch), flattening.outputs(w, batch), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        viewing.gradient(w, batch)[0], flattening.gradient(w, batch)[0], rtol=1e-4, atol=1e-6
+    )

@@ -84,6 +84,17 @@ def traced(module: nn.Module) -> tuple[nn.Module, fx.Graph] | None:
         return None
 
 
+def knows_strides(module: nn.Module) -> bool:
+    """Whether a module computes the same whatever the order of its input in memory: where nothing of it calls
+    ``view``, which fails on another order than the common one, as far as can be told.
+    """
+    found = traced(module)
+    return found is not None and not any(
+        node.op == "call_method" and node.target in ("view", "view_as", "as_strided")
+        for node in found[1].nodes
+    )
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # or else what changes a buffer in place would do so while tracing
 

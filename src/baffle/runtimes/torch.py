@@ -25,7 +25,7 @@ from baffle.runtimes import USABLE_SIGMA, Batch
 from baffle.runtimes.arrays import TorchArrays
 from baffle.runtimes.batched import FEWEST
 from baffle.runtimes.objective import Directions, Loss, Objective, Part, Reduce, each, mean
-from baffle.runtimes.prefix import split_frozen_prefix
+from baffle.runtimes.prefix import knows_strides, split_frozen_prefix
 from baffle.runtimes.sweeps import Sweeps
 from baffle.runtimes.tangent import derivatives
 from baffle.stream import NUMPY, Arrays, Stream
@@ -80,6 +80,7 @@ class TorchRuntime:
         self._arrays: Arrays = NUMPY if self.device.type == "cpu" else TorchArrays(self.device)
         with self._measuring():
             self._prefix = split_frozen_prefix(module)
+            self._nhwc = self.device.type == "cpu" and knows_strides(module)
         part = module if self._prefix is None else self._prefix.after
         names, places = self._names_in(part), {name: i for i, name in enumerate(trainable)}
         self._part = Part(
@@ -363,7 +364,7 @@ class TorchRuntime:
         given = x
         if x.is_floating_point() and not batch.prefixed:
             x = x.to(self._input_dtype())
-        if x.dim() == 4 and self.device.type == "cpu":
+        if x.dim() == 4 and self._nhwc:
             # NHWC is quicker for the CPU's convolutions. Written out: for one channel `contiguous` keeps
             # strides that are read as NCHW.
             n, c, h, w = x.shape
