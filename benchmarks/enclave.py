@@ -42,7 +42,7 @@ from baffle.enclave.software import SoftwareRoot, SoftwareVerifier
 from baffle.enclave.worker import Rows
 from baffle.endpoint import Endpoint
 from baffle.exchange import Envelope, Reply
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.federation import Outcome
 from baffle.plan import ModelMessage, weights_digest
 from baffle.runtimes.numpy import NumpyRuntime
@@ -120,12 +120,16 @@ def measured(network: str, directions: int, turns: int) -> Row:
                 estimator = baffle.SteinEstimator(directions)
                 plan = baffle.RoundPlan(round_, seed_from(7), estimator, digest, BATCH)
                 envelope = Envelope("answer", plan.encode(), b"", model).encode()
-                before = time.perf_counter()
-                ((_, reply),) = driver.ask("answer", {NAME: envelope}, None)
-                between = time.perf_counter()
-                expected = alone.handle(envelope)
-                walled.append(between - before)
-                open_.append(time.perf_counter() - between)
+                seconds = {}
+                for way in ("walled", "open") if round_ % 2 else ("open", "walled"):
+                    before = time.perf_counter()
+                    if way == "walled":
+                        ((_, reply),) = driver.ask("answer", {NAME: envelope}, None)
+                    else:
+                        expected = alone.handle(envelope)
+                    seconds[way] = time.perf_counter() - before
+                walled.append(seconds["walled"])
+                open_.append(seconds["open"])
                 if reply != expected or Reply.decode(expected).status != "answer":
                     raise RuntimeError(f"{network}: {host.last or Reply.decode(expected).text or reply!r}")
             found |= {

@@ -274,7 +274,7 @@ def prepare(network: str, folder: str) -> None:
     """Writes the bundle and a batch of random images; their content does not matter for memory."""
     import numpy as np
 
-    from baffle.export import from_torch
+    from baffle.export.torch import from_torch
 
     channels, side, classes = NETWORKS[network]
     rng = np.random.Generator(np.random.PCG64(0))

@@ -30,18 +30,18 @@ ROWS = """
     kernels.layers secagg.client secagg.server
     perturbations runtimes.graph models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
     runtimes runtimes.activations runtimes.sources runtimes.simplify runtimes.objective runtimes.arrays models
-    runtimes.onebyone runtimes.lowrank runtimes.schedule runtimes.strips runtimes.modules bundle agreement
-    runtimes.batched runtimes.steps runtimes.convolutions data.picture data.pickles
+    runtimes.onebyone runtimes.lowrank runtimes.schedule runtimes.strips runtimes.modules bundle export
+    export.agreement runtimes.batched runtimes.steps runtimes.convolutions data.picture data.pickles
     runtimes.program runtimes.operators
     runtimes.sweeps runtimes.tangent runtimes.network
     estimator runtimes.torch runtimes.numpy runtimes.onnx runtimes.pruned runtimes.cache data.dataset
-    plan data.folders onnx_graph
-    terms local downlink data.hub onnx_file
-    aggregation vectors onnx_writer
+    plan data.folders export.onnx_graph
+    terms local downlink data.hub export.onnx_file
+    aggregation vectors export.onnx_writer
     client server secure identities data.sources
     endpoint federation checkpoint membership data.local
     data
-    simulation device drop limits runs export onnx_import
+    simulation device drop limits runs export.torch export.onnx
     enclave enclave.evidence enclave.seccomp
     enclave.sandbox enclave.channel enclave.manifest enclave.sealing enclave.certificates
     enclave.worker enclave.software enclave.tpm enclave.gramine enclave.sev
@@ -56,7 +56,7 @@ ROWS = """
 """
 # What a module may import when it is imported, beyond the standard library and NumPy ...
 AT_ONCE = {
-    "torch": {"server", "optimizers", "job", "export", "runtimes.modules"}
+    "torch": {"server", "optimizers", "job", "export.torch", "runtimes.modules"}
     | {name for name in MODULES if name.startswith("models")}
     | {"runtimes.arrays", "runtimes.batched", "runtimes.lowrank", "runtimes.objective", "runtimes.onebyone"}
     | {"runtimes.prefix", "runtimes.program", "runtimes.steps", "runtimes.sweeps", "runtimes.tangent"}
@@ -80,8 +80,8 @@ INSIDE_FUNCTIONS = {
     "dp_accounting": {"privacy"},
     "prometheus_client": {"prometheus"},
     "onnxruntime": {"runtimes.onnx"},
-    "onnx": {"export", "onnx_file"},
-    "onnxscript": {"export"},
+    "onnx": {"export.torch", "export.onnx_file"},
+    "onnxscript": {"export.torch"},
 }
 MOST_LINES = 600
 
@@ -148,7 +148,7 @@ def test_the_architecture_page_draws_true_rows():
     rows = rows_in("\n".join(reversed(drawn.split("\n"))))
 
     def room(name):  # data, models and the like are one name there; so is what runtimes.torch is made of
-        if name.startswith(("data.", "models.", "kernels.", "secagg.", "commands.", "enclave.")):
+        if name.startswith(("data.", "models.", "kernels.", "secagg.", "commands.", "enclave.", "export.")):
             return name.split(".")[0]
         apart = ("runtimes.prefix", "runtimes.graph", "runtimes.sources", "runtimes.pruned")
         return "runtimes.torch" if name.startswith("runtimes.") and name not in apart else name

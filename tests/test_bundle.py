@@ -19,7 +19,7 @@ from torch import nn
 from baffle import models
 from baffle.bundle import Bundle, frozen_digest
 from baffle.errors import ConfigError, DataError
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.perturbations import Layout
 from baffle.runtimes.graph import Graph, Node
 from baffle.runtimes.torch import TorchRuntime

@@ -24,7 +24,7 @@ from baffle.device import Sockets
 from baffle.drop import Drop
 from baffle.errors import ConfigError
 from baffle.estimator import SteinEstimator
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.federation import run
 from baffle.job import build
 from baffle.models import build as network

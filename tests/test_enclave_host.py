@@ -33,7 +33,7 @@ from baffle.enclave.worker import Rows, seal_settings
 from baffle.endpoint import Endpoint
 from baffle.errors import ConfigError, SecurityError
 from baffle.exchange import Envelope, Reply
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.runtimes.numpy import NumpyRuntime
 from baffle.runtimes.torch import TorchRuntime
 from baffle.secagg.primitives import Identity

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baffle import models
-from baffle.agreement import check_equal
 from baffle.bundle import Bundle
 from baffle.commands import export as command
 from baffle.config import TrainConfig
 from baffle.errors import ConfigError, DataError, MissingExtraError
-from baffle.export import from_torch
-from baffle.onnx_writer import _bins
+from baffle.export.agreement import check_equal
+from baffle.export.onnx_writer import _bins
+from baffle.export.torch import from_torch
 from baffle.runs import RunFolder
 from baffle.runtimes import Batch
 from baffle.runtimes.graph import Node
@@ -282,7 +282,7 @@ def test_what_torch_exports_and_what_is_written_measure_the_same():
     pytest.importorskip("onnxscript")
     import dataclasses
 
-    from baffle import export
+    from baffle.export import torch as export
     from baffle.runtimes.onnx import OnnxRuntime
 
     module = models.LeNet(1, 5, channels=(4, 6), norm="group").eval()

@@ -11,7 +11,7 @@ from baffle import data, federation
 from baffle.endpoint import Endpoint
 from baffle.errors import PrecisionError
 from baffle.estimator import SteinEstimator
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.models import build
 from baffle.perturbations import Gaussian
 from baffle.plan import RoundResult

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from baffle.errors import ConfigError, LossError, PrecisionError
 from baffle.estimator import SteinEstimator
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.models import LeNet
 from baffle.perturbations import Gaussian
 from baffle.runtimes import USABLE_SIGMA, Batch, activations

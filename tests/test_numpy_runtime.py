@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from baffle.bundle import Bundle, frozen_digest
 from baffle.errors import ConfigError, DataError, PrecisionError
 from baffle.estimator import SteinEstimator
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.models import MLP, LeNet, MobileNetV2, WideResNet
 from baffle.perturbations import Gaussian, Layout, LowRank
 from baffle.runtimes import (

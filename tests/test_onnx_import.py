@@ -20,7 +20,7 @@ from baffle.bundle import MODEL, PREFIX, Bundle
 from baffle.client import Client
 from baffle.errors import BaffleError, ConfigError, DataError
 from baffle.estimator import SteinEstimator
-from baffle.onnx_import import from_onnx
+from baffle.export.onnx import from_onnx
 from baffle.runtimes import Batch
 from baffle.runtimes.numpy import NumpyRuntime
 from baffle.runtimes.onnx import OnnxRuntime

@@ -15,9 +15,9 @@ from torch.func import functional_call
 from baffle import models
 from baffle.bundle import MODEL, PREFIX, Bundle, frozen_digest
 from baffle.errors import ConfigError, DataError
-from baffle.export import from_torch, mse
-from baffle.onnx_file import OnnxNetwork
-from baffle.onnx_import import from_onnx
+from baffle.export.onnx import from_onnx
+from baffle.export.onnx_file import OnnxNetwork
+from baffle.export.torch import from_torch, mse
 from baffle.perturbations import Gaussian, Layout, Rademacher
 from baffle.runtimes import Batch, ExampleRuntime, HoldingRuntime
 from baffle.runtimes.numpy import NumpyRuntime

@@ -15,7 +15,7 @@ import baffle
 from baffle import data
 from baffle.errors import ConfigError, DigestMismatchError
 from baffle.estimator import SteinEstimator
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.models import build
 from baffle.optimizers import Portable
 from baffle.perturbations import Gaussian, Layout, LowRank, Rademacher

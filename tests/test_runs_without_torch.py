@@ -76,7 +76,7 @@ def test_frozen_features_are_computed_once_without_torch_too(tmp_path, monkeypat
         "prefixed",
         lambda self, batch: passes.append(len(batch.targets)) or real(self, batch),
     )
-    from baffle.export import from_torch
+    from baffle.export.torch import from_torch
     from baffle.models import MLP
 
     module = MLP(1, 10, hidden=(8,), grid=4)

@@ -35,7 +35,7 @@ from baffle.bundle import Bundle
 from baffle.client import Client
 from baffle.environment import environment
 from baffle.estimator import SteinEstimator
-from baffle.export import from_torch
+from baffle.export.torch import from_torch
 from baffle.job import Subset
 from baffle.perturbations import Gaussian
 from baffle.plan import ModelMessage
@@ -65,13 +65,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class Fleet:
-    """``kinds`` go around the clients; ``sparsity`` is the share of each layer's weights that is dropped."""
+    """``kinds`` go around the clients; ``sparsity`` is the share of each layer's weights that is dropped.
+
+    ``refused``: clients would refuse this σ, and the check is switched off for once.
+    """
 
     title: str
     kinds: tuple[Kind, ...] = (Kind(),)
     sigma: float = 1e-4
     scheme: str = "forward"
     sparsity: float = 0.0
+    refused: bool = False
 
 
 KINDS = {
@@ -92,6 +96,11 @@ FLEETS = {
         "all arithmetic in float16, σ = 1e-2, central", (Kind(arithmetic="float16"),), 1e-2, "central"
     ),
     "pruned": Fleet("half of the weights pruned, float32", sparsity=0.5),
+    "noise": Fleet(
+        "all arithmetic in bfloat16, σ = 1e-4: refused but for this row",
+        (Kind(arithmetic="bfloat16"),),
+        refused=True,
+    ),
 }
 MEASURED = ((1e-2, "central"), (1e-3, "central"), (1e-4, "central"), (1e-4, "forward"))  # σ, scheme
 
@@ -164,10 +173,13 @@ def train_fleet(name: str, seed: int, scale: Scale, folder: Path | None) -> Row:
     def pruned(runtime: Any) -> Any:
         return Pruned(runtime, mask) if fleet.sparsity else runtime
 
-    measuring = [
-        pruned(NumpyRuntime(network, mode="full", storage=kind.storage, arithmetic=kind.arithmetic))
-        for kind in fleet.kinds
-    ]
+    def device(kind: Kind) -> NumpyRuntime:
+        made = NumpyRuntime(network, mode="full", storage=kind.storage, arithmetic=kind.arithmetic)
+        if fleet.refused:
+            made.check_sigma = lambda sigma: None  # type: ignore[method-assign]
+        return made
+
+    measuring = [pruned(device(kind)) for kind in fleet.kinds]
     parts = data.iid(len(train) - scale.held, scale.clients, seed)
     clients = [
         Client(f"client-{i:03d}", measuring[i % len(measuring)], Subset(train, scale.held + part), seed=seed)

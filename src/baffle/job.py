@@ -193,7 +193,7 @@ def _of_torch(config: TrainConfig, train: data.Dataset) -> Runtime:
     module = build_model(config, train)
     if config.runtime in (None, "torch"):
         return TorchRuntime(module, device=_device(config.device))
-    from baffle.export import from_torch
+    from baffle.export.torch import from_torch
 
     return _without_torch(
         config,

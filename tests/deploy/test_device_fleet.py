@@ -7,6 +7,7 @@ clients measure with the same runtime: the weights must be equal to the bit.
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,11 @@ def bare(tmp_path_factory):
     home = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
     install = [home / "bin" / "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*install, "-c", ROOT / "constraints.txt", f"{ROOT}[secure]"], check=True)
+    source = home / "source"  # a build leaves files beside what it builds
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([*install, "-c", ROOT / "constraints.txt", f"{source}[secure]"], check=True)
     look = "import importlib.util as u; print([n for n in ('torch', 'numba', 'onnx') if u.find_spec(n)])"
     found = subprocess.run([home / "bin" / "python", "-c", look], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

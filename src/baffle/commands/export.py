@@ -84,7 +84,7 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
 
 def _of_file(options: argparse.Namespace) -> Bundle:
     from baffle.data.dataset import normalisation
-    from baffle.onnx_import import from_onnx
+    from baffle.export.onnx import from_onnx
 
     bundle = from_onnx(
         options.file,
@@ -118,7 +118,7 @@ def _of_config(config: TrainConfig, onnx: bool) -> Bundle:
 
     if config.bundle is not None:
         return job.read_bundle(config)
-    from baffle.export import from_torch
+    from baffle.export.torch import from_torch
 
     train, _ = job.load_data(config)
     return from_torch(

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from baffle.agreement import check_equal
 from baffle.bundle import Bundle, frozen_digest
 from baffle.errors import ConfigError
-from baffle.onnx_file import OnnxNetwork, load, package
+from baffle.export.agreement import check_equal
+from baffle.export.onnx_file import OnnxNetwork, load, package
 from baffle.perturbations import Gaussian, Layout
 from baffle.runtimes import Batch
 from baffle.runtimes.graph import LOSSES

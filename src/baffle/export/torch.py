@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from baffle.agreement import Examining, check_equal
 from baffle.bundle import MODEL, PREFIX, Bundle, frozen_digest
 from baffle.errors import ConfigError, MissingExtraError
-from baffle.onnx_writer import OPSET, write_models
+from baffle.export.agreement import Examining, check_equal
+from baffle.export.onnx_writer import OPSET, write_models
 from baffle.runtimes import Batch
 from baffle.runtimes.graph import Graph
 from baffle.runtimes.modules import UncoveredError, graph_of

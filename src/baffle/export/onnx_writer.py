@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from baffle.onnx_file import OnnxNetwork, package
+from baffle.export.onnx_file import OnnxNetwork, package
 from baffle.perturbations import Layout
 from baffle.runtimes.graph import Graph, Node
 

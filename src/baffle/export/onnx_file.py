@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from baffle.bundle import MODEL, PREFIX
 from baffle.errors import ConfigError, DataError, MissingExtraError
-from baffle.onnx_graph import Converted, convert
+from baffle.export.onnx_graph import Converted, convert
 from baffle.perturbations import Layout
 from baffle.runtimes.onnx import IMAGES, LOGITS, LOSSES, TARGETS, WEIGHT, session
 

@@ -1,0 +1,1 @@
+"""Bundles, made: of torch modules (``export.torch``) and of ONNX files (``export.onnx``)."""
