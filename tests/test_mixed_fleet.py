@@ -235,7 +235,7 @@ def test_pruned_devices_of_several_storages_train_under_a_server_of_torch(networ
 
     class Watched(NumpyRuntime):
         def losses(self, weights, batch, stream, perturbation, directions, scale):
-            seen.append(weights[~mask])
+            seen.append(weights[0 : self.layout.n][~mask])
             if scale:
                 z = perturbation.values(stream, directions, self.layout, 0, self.layout.n)
                 seen.append(z[:, ~mask])
