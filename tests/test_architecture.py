@@ -49,7 +49,7 @@ ROWS = """
     job
     plots doctor watch
     training top prometheus
-    commands commands.settings commands.runs
+    commands commands.settings commands.runs commands.trust
     commands.train commands.compare commands.device commands.client commands.export commands.enclave
     cli flower flare
     __main__ __init__

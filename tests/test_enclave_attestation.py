@@ -20,6 +20,7 @@ from baffle.enclave.evidence import (
     Evidence,
     Expectation,
     Keys,
+    OneOf,
     accept,
     attest,
     report_data,
@@ -473,3 +474,21 @@ def test_a_damaged_counter_is_no_counter(root, tmp_path, content):
         root.counter()
     with pytest.raises(DataError):
         SoftwareRoot(tmp_path / "root")
+
+
+def test_a_fleet_of_roots_trusts_each_of_them_and_no_other(tmp_path):
+    roots = []
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        roots.append(SoftwareRoot.create(tmp_path / name))
+    fleet = OneOf([SoftwareVerifier(root.public) for root in roots[:2]])
+    expected = Expectation((b"m" * 32,), NONCE, CONTEXT)
+    quotes = [attest(root, b"m" * 32, KEYS, NONCE, CONTEXT) for root in roots]
+    for evidence in quotes[:2]:
+        fleet.check(evidence, expected)
+    with pytest.raises(AttestationError, match="did not sign"):
+        fleet.check(quotes[2], expected)
+    with pytest.raises(AttestationError):  # another measurement, by one that is trusted
+        fleet.check(attest(roots[0], b"n" * 32, KEYS, NONCE, CONTEXT), expected)
+    with pytest.raises(ConfigError):
+        OneOf([])

@@ -116,7 +116,7 @@ class Run:
         return host
 
     def give(self, host, **options):
-        name = host.client.name
+        name = host.name
         given = provisioning(name, self.bundle.folder, *samples(name), SERVER.public, **options)
         return provision(host.handle, given, self.verifier, [host.measurement])
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from baffle.endpoint import Endpoint
+from baffle.endpoint import Answering
 from baffle.errors import ConfigError, DataError, DeliveryError, MessageError
 from baffle.exchange import TICKET_BYTES, Envelope, Reply
 from baffle.federation import Outcome, in_order
@@ -32,7 +32,7 @@ _SUFFIX = ".sock"
 
 
 def serve(
-    endpoint: Endpoint, path: Path, ready: Callable[[], None] = lambda: None, *, spool: Path | None = None
+    endpoint: Answering, path: Path, ready: Callable[[], None] = lambda: None, *, spool: Path | None = None
 ) -> None:
     """Answers at ``path`` until the process ends, one exchange at a time; calls ``ready`` once it listens.
 
@@ -57,13 +57,13 @@ def serve(
 
 
 @contextlib.contextmanager
-def _in_memory(connection: socket.socket, until: float) -> Iterator[Callable[[Endpoint], bytes]]:
+def _in_memory(connection: socket.socket, until: float) -> Iterator[Callable[[Answering], bytes]]:
     envelope = _receive(connection, until)
     yield lambda endpoint: endpoint.handle(envelope)
 
 
 @contextlib.contextmanager
-def _in_file(connection: socket.socket, until: float, folder: Path) -> Iterator[Callable[[Endpoint], bytes]]:
+def _in_file(connection: socket.socket, until: float, folder: Path) -> Iterator[Callable[[Answering], bytes]]:
     path, file, wrong = folder / f".envelope-{os.getpid()}.part", -1, None
     try:
         try:
@@ -79,7 +79,7 @@ def _in_file(connection: socket.socket, until: float, folder: Path) -> Iterator[
             except OSError as error:  # the rest is heard all the same: only then does the sender listen
                 wrong = error
 
-        def answered(endpoint: Endpoint) -> bytes:
+        def answered(endpoint: Answering) -> bytes:
             if wrong is not None:
                 text = f"no room for a message: {wrong.strerror}"
                 return Reply.explaining(bytes(TICKET_BYTES), "failed", text).encode()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from baffle import durable
-from baffle.endpoint import Endpoint
+from baffle.endpoint import Answering
 from baffle.errors import BaffleError, ConfigError, DataError, DeliveryError, MessageError
 from baffle.exchange import TICKET_BYTES, Envelope, FilePackage, Reply
 from baffle.federation import Outcome, in_order
@@ -42,7 +42,7 @@ _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.
 
 
 def serve_drop(
-    endpoint: Endpoint,
+    endpoint: Answering,
     folder: str | Path,
     ready: Callable[[], None] = lambda: None,
     *,
@@ -56,11 +56,11 @@ def serve_drop(
     that cannot be a folder's, DataError where the folders cannot be made or written to, or another process
     answers there. Memory: a model, or what ``endpoint``'s receiver makes of a ``FilePackage``.
     """
-    home = Path(folder) / folder_name(endpoint.client.name)
+    home = Path(folder) / folder_name(endpoint.name)
     try:
         for place in (home / "in", home / "out"):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = _locked(home / "out" / ".lock", f"another client {endpoint.client.name} answers in {home}")
+        lock = _locked(home / "out" / ".lock", f"another client {endpoint.name} answers in {home}")
         try:
             for left in (home / "out").glob(".*.part"):  # by one that was killed
                 left.unlink()
@@ -93,7 +93,7 @@ class _Stuck(Exception):  # noqa: N818 (no error of a caller's)
 class _Answers:
     """What one client makes of its folder."""
 
-    def __init__(self, endpoint: Endpoint, home: Path, complain: Callable[[str], None]) -> None:
+    def __init__(self, endpoint: Answering, home: Path, complain: Callable[[str], None]) -> None:
         self._endpoint, self._in, self._out = endpoint, home / "in", home / "out"
         self._complain, self._said = complain, ""
         self._settling = _Settling()
@@ -153,7 +153,7 @@ class _Answers:
         """None for what is none, or has another ticket than its name says: it may still be on its way."""
         with contextlib.suppress(MessageError):
             envelope = Envelope.read(file)
-            if name.endswith(f"-{envelope.ticket(self._endpoint.client.name).hex()}"):
+            if name.endswith(f"-{envelope.ticket(self._endpoint.name).hex()}"):
                 return envelope
         return None
 

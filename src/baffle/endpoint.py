@@ -141,6 +141,23 @@ def received(
     return found, Download(plan, found.weights, fitting=runtime)
 
 
+class Answering(Protocol):
+    """The far end of a driver: an ``Endpoint``, or what passes envelopes on to one that it cannot open."""
+
+    @property
+    def name(self) -> str:
+        """The client's."""
+        ...
+
+    def handle(self, data: bytes) -> bytes:
+        """The encoded reply to an encoded envelope. Never raises: what goes wrong is what it replies."""
+        ...
+
+    def reply(self, envelope: Envelope) -> bytes:
+        """``handle``, of an envelope that is decoded already."""
+        ...
+
+
 class Endpoint:
     """One client behind bytes. Keeps, from round to round, what its downlink needs to be told less.
 
@@ -155,6 +172,10 @@ class Endpoint:
         self._guard = guard
         self._receiver = receiver or Alone()
         self._holding: Holding | None = None  # None: what the client was built with
+
+    @property
+    def name(self) -> str:
+        return self.client.name
 
     def handle(self, data: bytes) -> bytes:
         """The encoded reply to an encoded envelope. Never raises: what goes wrong is what it replies.

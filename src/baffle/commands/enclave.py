@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baffle.commands.trust import key_of, kind_of, measurement_of, verifier_of
 from baffle.config import TrainConfig, read_toml
 from baffle.errors import ConfigError, DataError, DeliveryError
 
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 def _root(options: argparse.Namespace) -> int:
     from baffle.enclave.software import SoftwareRoot
 
-    kind, folder = _kind(_needed(options, "root"), "--root")
+    kind, folder = kind_of(_needed(options, "root"), "--root")
     if kind != "software":
         raise ConfigError("a TPM is there already; tpm: is for run, which prints what to trust")
     path = Path(folder)
@@ -113,11 +114,11 @@ def _run(options: argparse.Namespace) -> int:
             if options.drop is not None:
                 from baffle.drop import serve_drop
 
-                serve_drop(host, options.drop, lambda: _say(f"{name} answers in {options.drop}"))  # type: ignore[arg-type]
+                serve_drop(host, options.drop, lambda: _say(f"{name} answers in {options.drop}"))
             else:
                 from baffle.device import serve
 
-                serve(host, options.listen, lambda: _say(f"{name} listens at {options.listen}"))  # type: ignore[arg-type]
+                serve(host, options.listen, lambda: _say(f"{name} listens at {options.listen}"))
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends as it is
         _say(f"{name} has ended")
@@ -127,7 +128,10 @@ def _run(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from baffle.enclave.host import asked_for_evidence
 
-    verifier, measurement = _verifier(options), _trusted(options)
+    verifier, measurement = (
+        verifier_of(_needed(options, "trust")),
+        measurement_of(_needed(options, "manifest")),
+    )
     found = asked_for_evidence(_exchange(options), _needed(options, "name"), verifier, [measurement])
     _say(f"{found.measurement.hex()} (assurance: {found.assurance})")
     return 0
@@ -140,8 +144,8 @@ def _provision(options: argparse.Namespace) -> int:
     from baffle.stream import seed_from
 
     name, folder = _needed(options, "name"), _needed(options, "bundle")
-    server = _key(_needed(options, "server"), "--server")
-    verifier, measurement, config = _verifier(options), _trusted(options), _config(options)
+    server = key_of(_needed(options, "server"), "--server")
+    (verifier, measurement), config = _trusted(options), _config(options)
     if config.sparsity:
         raise ConfigError("a worker measures all parameters: sparsity is not for enclaves")
     bundle = Bundle.read(folder)
@@ -178,62 +182,29 @@ def _one_place(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.action} needs --listen or --drop, and not both")
 
 
-def _kind(text: str, flag: str) -> tuple[str, str]:
-    kind, colon, rest = text.partition(":")
-    if kind not in ("software", "tpm") or not colon or not rest:
-        raise ConfigError(f"{flag} {text}: software:… or tpm:… is expected")
-    return kind, rest
-
-
-def _key(text: str, flag: str) -> bytes:
-    try:
-        key = bytes.fromhex(text)
-    except ValueError:
-        key = b""
-    if len(key) != 32:
-        raise ConfigError(f"{flag}: a public key is 64 hexadecimal digits")
-    return key
-
-
 def _root_of(options: argparse.Namespace) -> Root:
-    kind, rest = _kind(_needed(options, "root"), "--root")
+    kind, rest = kind_of(_needed(options, "root"), "--root")
     if kind == "software":
         from baffle.enclave.software import SoftwareRoot
 
-        return SoftwareRoot(Path(rest))
+        root = SoftwareRoot(Path(rest))
+        if options.state is not None:  # whose counter is of one state: held until this process ends
+            from baffle.enclave.sealing import held
+
+            held(Path(rest) / "state.lock")
+        return root
     from baffle.enclave.tpm import TpmRoot
 
     folder = _needed(options, "state")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    root = TpmRoot(rest, folder)
-    (folder / "attestation.key").write_bytes(root.public)
+    tpm = TpmRoot(rest, folder)
+    (folder / "attestation.key").write_bytes(tpm.public)
     _say(f"--trust tpm:{folder / 'attestation.key'}")
-    return root
+    return tpm
 
 
-def _verifier(options: argparse.Namespace) -> Verifier:
-    kind, rest = _kind(_needed(options, "trust"), "--trust")
-    if kind == "software":
-        from baffle.enclave.software import SoftwareVerifier
-
-        return SoftwareVerifier(_key(rest, "--trust"))
-    from baffle.enclave.tpm import TpmVerifier
-
-    try:
-        return TpmVerifier(Path(rest).read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {rest}: {error.strerror}") from error
-
-
-def _trusted(options: argparse.Namespace) -> bytes:
-    """The measurement of the manifest that is trusted."""
-    from baffle.enclave.manifest import Manifest
-
-    path = _needed(options, "manifest")
-    try:
-        return Manifest.decode(path.read_bytes()).measurement
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+def _trusted(options: argparse.Namespace) -> tuple[Verifier, bytes]:
+    return verifier_of(_needed(options, "trust")), measurement_of(_needed(options, "manifest"))
 
 
 def _write_manifest(path: Path | None, data: bytes) -> None:

@@ -39,6 +39,12 @@ def arguments(command: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--drop", type=Path, metavar="DIR", help="with the clients that answer in that folder (client --drop)"
     )
+    walls = command.add_argument_group("clients in enclaves (baffle enclave): believed first, then sealed to")
+    walls.add_argument(
+        "--trust", metavar="WHOM", help="software:KEY as `enclave root` prints it, or tpm:FILE"
+    )
+    walls.add_argument("--manifest", type=Path, metavar="FILE", help="of the worker that is trusted")
+    walls.add_argument("--identity", type=Path, metavar="FILE", help="the server's key (baffle identity)")
     add_settings(command)
 
 
@@ -64,7 +70,9 @@ def run(options: argparse.Namespace) -> int:
                 config, path, show, driver=driver, stop=stop, tensorboard=options.tensorboard
             )
     if not run.ended:
-        flags = [("--devices", options.devices), ("--drop", options.drop)]
+        names = "devices", "drop", "manifest", "identity"
+        flags = [(f"--{name}", getattr(options, name)) for name in names]
+        flags += [("--trust", whom) for whom in options.trust or []]
         where = [word for flag, place in flags if place is not None for word in (flag, str(place))]
         command = shlex.join(["baffle", "train", "--resume", str(path), *where])
         print(f"stopped after round {run.rounds_done()}; go on with: {command}")
@@ -75,20 +83,28 @@ def run(options: argparse.Namespace) -> int:
 
 def _driver(options: argparse.Namespace, config: TrainConfig | None) -> Driver | None:
     folder = options.devices or options.drop
+    walled = [options.trust, options.manifest, options.identity]
+    if any(walled) and not (folder and all(walled)):
+        raise ConfigError("clients in enclaves need --trust, --manifest, --identity, and --devices or --drop")
     if folder is None:
         return None
+    from baffle.device import Sockets
+    from baffle.drop import Drop
     from baffle.runs import RunFolder
 
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: clients are met in one (baffle client, baffle device)")
     least = (config or RunFolder.open(options.resume).config()).clients
-    if options.drop is not None:
-        from baffle.drop import Drop
+    driver: Driver = Sockets(folder, least=least) if options.drop is None else Drop(folder, least=least)
+    if not any(walled):
+        return driver
+    from baffle.commands.trust import measurement_of, verifier_of
+    from baffle.enclave.evidence import OneOf
+    from baffle.enclave.host import EnclaveDriver
+    from baffle.identities import read_identity
 
-        return Drop(folder, least=least)
-    from baffle.device import Sockets
-
-    return Sockets(folder, least=least)
+    trusted, identity = [measurement_of(options.manifest)], read_identity(options.identity)
+    return EnclaveDriver(driver, OneOf([verifier_of(whom) for whom in options.trust]), trusted, identity)
 
 
 def _summary(run: RunFolder) -> str:

@@ -17,7 +17,7 @@ import hmac
 import os
 import struct
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -168,6 +168,24 @@ class Verifier(Protocol):
     """The other side. Returns for what it trusts, and raises AttestationError for everything else."""
 
     def check(self, evidence: Evidence, expected: Expectation) -> None: ...
+
+
+class OneOf:
+    """Trusts whom at least one of its verifiers trusts: a fleet has a root on each machine."""
+
+    def __init__(self, verifiers: Sequence[Verifier]) -> None:
+        if not verifiers:
+            raise ConfigError("nobody to trust: at least one verifier is needed")
+        self._verifiers = tuple(verifiers)
+
+    def check(self, evidence: Evidence, expected: Expectation) -> None:
+        refusals = []
+        for verifier in self._verifiers:
+            try:
+                return verifier.check(evidence, expected)
+            except AttestationError as error:
+                refusals.append(str(error))
+        raise AttestationError("; ".join(dict.fromkeys(refusals)))
 
 
 def attest(root: Root, measurement: bytes, keys: Keys, nonce: bytes, context: bytes) -> Evidence:

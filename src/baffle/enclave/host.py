@@ -106,10 +106,6 @@ def _program(rules: Sequence[seccomp.Rule]) -> bytes:
 # -- the host ---------------------------------------------------------------------------------------------
 
 
-class _Name(NamedTuple):
-    name: str
-
-
 class EnclaveHost:
     """A worker, and what stands around it. For ``device.serve`` and ``drop.serve_drop`` it is an endpoint.
 
@@ -120,7 +116,7 @@ class EnclaveHost:
     """
 
     def __init__(self, name: str, setup: Setup, root: Root, *, state: Path | None = None) -> None:
-        self.client = _Name(name)  # as of an ``Endpoint``
+        self.name = name
         self.setup = setup
         self._root, self._state_folder = root, state
         self._files = setup.files()
@@ -239,7 +235,7 @@ class EnclaveHost:
 
     def reply(self, envelope: Envelope) -> bytes:
         """``handle``, of an envelope that is decoded already."""
-        ticket = envelope.ticket(self.client.name)
+        ticket = envelope.ticket(self.name)
         try:
             return Reply(ticket, "answer", self._answer(envelope)).encode()
         except SecurityError as error:
@@ -249,9 +245,9 @@ class EnclaveHost:
 
     def _answer(self, envelope: Envelope) -> bytes:
         if envelope.stage == HELLO:
-            return self.client.name.encode()
+            return self.name.encode()
         if envelope.stage not in (ATTEST, PROVISIONING, SEALED):
-            raise SecurityError(f"{self.client.name} is an enclave: it takes what is sealed to it alone")
+            raise SecurityError(f"{self.name} is an enclave: it takes what is sealed to it alone")
         if self._process is None:
             self._start()
         if envelope.stage == ATTEST:

@@ -98,7 +98,7 @@ class SealedState:
     def __init__(self, path: Path, root: Root) -> None:
         self._path, self._root = path, root
         self._counter: int | None = None  # None: neither started nor resumed
-        self._lock = _locked(path.with_name(path.name + ".lock"))
+        self._lock = held(path.with_name(path.name + ".lock"))
 
     def start(self, seal: Callable[[int], bytes]) -> None:
         """A new state. Refused where there is one: only its owner may decide that it is to be forgotten."""
@@ -154,7 +154,7 @@ def write_whole(path: Path, data: bytes) -> None:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _locked(path: Path) -> int:
+def held(path: Path) -> int:
     """A file that this process alone has, until it closes it or ends."""
     import fcntl  # POSIX alone has it
 
