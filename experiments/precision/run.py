@@ -120,7 +120,7 @@ class Scale:
     ema: float = 0.9
     slopes: int = 64  # directions of a correlation
     examples: int = 32  # images of its batch
-    seeds: int = 3
+    seeds: int = 5
 
 
 # Student's 97.5 % quantiles, from one degree of freedom on.
