@@ -94,6 +94,7 @@ class Again:
     def __init__(self, server, out, job):
         self.aggregator = SecureSum(server.aggregator.roster, TERMS, server.aggregator.protection, job=job)
         self.round, self.downlink, self._out = 0, self, out
+        self.estimator = out.record.plan.estimator
 
     def plan(self):
         return self._out.record.plan
@@ -106,6 +107,12 @@ class Again:
 
     def holds(self, name, round_):
         pass
+
+    def able(self, names):
+        return names
+
+    def adapt(self, names):
+        return self.estimator.directions
 
     def cohort(self, names, size):
         return sorted(names)
