@@ -155,9 +155,11 @@ def torch_forward(network: str, folder: str, directions: int) -> tuple[float, ..
 def numpy_runtime(
     network: str, folder: str, directions: int, seconds: float, mode: str, storage: str
 ) -> tuple[float, ...]:
+    from baffle.allocator import return_large_blocks
     from baffle.bundle import Bundle
     from baffle.runtimes.numpy import NumpyRuntime
 
+    return_large_blocks()  # as the program does
     bundle = Bundle.read(f"{folder}/bundle")
     runtime = NumpyRuntime(bundle, mode=mode, storage=storage)
     # What is not in memory as float32 is read where it lies.

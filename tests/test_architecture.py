@@ -21,7 +21,7 @@ MODULES = {
 
 # A module imports from rows above its own in this table, inside functions too.
 ROWS = """
-    errors environment events digests durable
+    errors environment events digests durable allocator
     stream wire fixedpoint config law rules runtimes.prefix models._layers data.files data.partition
     secagg.primitives secagg.sharing
     kernels privacy optimizers exchange secagg secagg.parameters

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -151,3 +152,31 @@ def test_both_ways_to_a_hash_give_the_published_one():
 def test_what_is_hashed_may_be_an_array():
     row = np.arange(5, dtype="<f4")
     assert digests.sha256(row.data).digest() == hashlib.sha256(row.tobytes()).digest()
+
+
+# What is freed
+
+FREED = """
+import sys
+from baffle.allocator import return_large_blocks
+if sys.argv[1] == "fixed":
+    return_large_blocks()
+first = bytearray(24 << 20)
+del first  # glibc now takes blocks of up to this size from the heap
+large, above = bytearray(20 << 20), [bytearray(3000) for _ in range(20)]
+del large
+with open("/proc/self/status") as file:
+    print(next(int(line.split()[1]) for line in file if line.startswith("VmRSS:")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_freed_blocks_are_given_back():
+    """20 MB below small blocks: kept on the heap as glibc goes about it, given back where the size is fixed."""
+    resident = {}
+    for way in ("as it is", "fixed"):
+        done = subprocess.run(
+            [sys.executable, "-c", FREED, way], capture_output=True, text=True, timeout=60, check=True
+        )
+        resident[way] = 1024 * int(done.stdout)
+    assert resident["as it is"] - resident["fixed"] > 15e6

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baffle.allocator import return_large_blocks
 from baffle.config import TrainConfig, read_toml
 from baffle.errors import BaffleError, ConfigError, DataError
 
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
     # Before NumPy is imported: a thread of the BLAS has buffers of its own, and numba is larger than NumPy.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("BAFFLE_KERNELS", "0")
+    return_large_blocks()
     endpoint, streamed = _endpoint(options)
 
     def end(_signal: int, _frame: Any) -> None:
