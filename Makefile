@@ -40,7 +40,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Real Flower and FLARE processes on this machine; test-slice is the short part that CI runs.
 test-deploy: .venv/.deploy

@@ -287,7 +287,7 @@ def test_a_deadline_holds_whatever_drips(monkeypatch):
             return b"\x01"
 
     with pytest.raises(TimeoutError):
-        device._exactly(Dripping(), 1000, 20.0)
+        list(device._parts(Dripping(), 1000, 20.0))
     assert 1 <= len(read) <= 20
 
 
