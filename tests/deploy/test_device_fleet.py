@@ -143,7 +143,7 @@ def test_secure_sums_of_clients_without_torch(bare, fleet, tmp_path):
     print(f"whole clients: {min(peaks):.1f} to {max(peaks):.1f} MB")
     assert max(peaks) < 90
     if there["round"] >= 50:
-        assert max(there["test_accuracy"], there["ema_accuracy"]) > 0.3  # chance: 0.1
+        assert max(there["test_accuracy"], there["ema_accuracy"]) > 0.25  # chance: 0.1
 
 
 def test_a_folder_instead_of_a_network(bare, fleet, tmp_path):
