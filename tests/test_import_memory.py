@@ -172,7 +172,7 @@ with open("/proc/self/status") as file:
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_freed_blocks_are_given_back():
-    """20 MB below small blocks: kept on the heap as glibc goes about it, given back where the size is fixed."""
+    """20 MB below small blocks: on the heap, as glibc goes about it, given back where the size is fixed."""
     resident = {}
     for way in ("as it is", "fixed"):
         done = subprocess.run(
