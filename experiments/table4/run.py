@@ -146,8 +146,20 @@ def page(content: Row) -> list[str]:
         "",
         *table(memory.HEADS, content["measured"]),
         "",
-        f"`make bench-memory`. {content['measured_on']}",
+        f"`make bench-memory`. {content['turns']} {content['measured_on']}",
     ]
+
+
+def turns(cells: Cells) -> str:
+    """How many processes each median is of, by network."""
+    counts = {
+        words: sorted(
+            {len(row["peaks_mb"]) for name, row in cells.items() if name.startswith(f"{network}, ")}
+        )
+        for network, words in NETWORKS.items()
+    }
+    shown = (f"{words}: {' or '.join(map(str, found))}" for words, found in counts.items() if found)
+    return f"Processes a figure: {'; '.join(shown)}."
 
 
 def made(kept: Row) -> Row:
@@ -159,6 +171,7 @@ def made(kept: Row) -> Row:
     return {
         "printed_on": kept["printed_on"],
         "measured_on": measured_on(stamped),
+        "turns": turns(cells),
         "paper": PAPER,
         "ratios": ratios(cells),
         "verdicts": verdicts(cells),
