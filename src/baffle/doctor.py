@@ -16,6 +16,8 @@ EXTRAS = {
     "PIL": ("images", "image folders"),
     "cryptography": ("secure", "--secure: sums that show the server no client's answer"),
     "dp_accounting": ("privacy", "--privacy: counting up ε"),
+    "onnxruntime": ("onnx", "clients and simulations by ONNX Runtime"),
+    "onnxscript": ("export", "bundles of networks with operators of their own"),
     "tensorboard": ("tensorboard", "--tensorboard"),
     "prometheus_client": ("prometheus", "baffle top --serve"),
     "flwr": ("flower", "rounds over Flower"),
