@@ -187,8 +187,8 @@ def test_each_way_to_measure_is_the_runtime_of_that_name(place, tmp_path, option
         apart = server()
         list(run(apart, Drop(tmp_path), rounds=2, deadline=30))
     assert np.array_equal(apart.weights, here.weights)
-    streamed = options.get("mode") in ("stream", "kernel")
-    assert (tmp_path / "state" / "weights.bin").exists() == streamed
+    filed = options.get("mode") in ("stream", "kernel") or "storage" in options
+    assert (tmp_path / "state" / "weights.bin").exists() == filed
 
 
 @pytest.mark.parametrize("mode", ["layer", "stream"])
@@ -358,10 +358,11 @@ def test_a_mode_is_chosen_for_the_memory_there_is(place, tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
     client.arguments(parser)
 
-    def chosen(memory, *more, where=("--drop", "d")):
+    def chosen(memory, *more, where=("--drop", "d"), sparsity=0.0):
         options = parser.parse_args(words_of(place, NAMES[0], where, *more))
-        runtime, mode = client._runtime(options, bundle, 32, memory)
-        assert 30_000_000 + runtime.peak(32) <= memory
+        pruned = client._pruning(bundle, sparsity)
+        runtime, mode = client._runtime(options, bundle, pruned, 32, memory)
+        assert 30_000_000 + pruned(runtime).peak(32) <= memory
         return mode
 
     state = ("--state", str(tmp_path))
@@ -383,6 +384,16 @@ def test_a_mode_is_chosen_for_the_memory_there_is(place, tmp_path, monkeypatch):
     assert chosen(30_000_000 + least("layer") + carried, where=socket) == "layer"
     with pytest.raises(ConfigError, match="MB at least"):
         chosen(30_000_000 + least("layer") + carried - 1, where=socket)
+    # Packed from numbers in memory, or from a file.
+    packed = [NumpyRuntime(bundle, storage="int8", memory=room).peak(32) for room in client._ROOMS]
+    few, held = ("--storage", "int8", "--mode", "layer"), 4 * bundle.layout.n
+    assert chosen(30_000_000 + min(packed) + held, *few) == "layer"
+    with pytest.raises(ConfigError, match="MB at least"):
+        chosen(30_000_000 + min(packed) + held - 1, *few)
+    assert chosen(30_000_000 + min(packed), *few, *state) == "layer"
+    # A mask has places, which a whole network has not.
+    with pytest.raises(ConfigError, match="MB at least"):
+        chosen(30_000_000 + least("layer"), "--mode", "layer", sparsity=0.5)
     with pytest.raises(ConfigError, match=r"takes [0-9.]+ MB at least; with --state DIR"):
         chosen(30_000_001)
     with pytest.raises(ConfigError, match=r"MB at least$"):

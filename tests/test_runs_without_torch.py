@@ -7,6 +7,7 @@ import pytest
 
 from baffle.cli import main as command
 from baffle.config import TrainConfig
+from baffle.data import digits, iid
 from baffle.errors import ConfigError
 from baffle.job import build, build_client
 from baffle.models import LeNet
@@ -18,11 +19,6 @@ def run(path, *settings):
     assert command(["train", "--run", str(path), *JOB, *settings]) == 0
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return np.array([row["loss"] for row in rows]), rows[-1]
-
-
-def slopes(log):
-    """K numbers a round, of a run's scalar log."""
-    return [entry.total.values for entry in log]
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +79,13 @@ def test_frozen_features_are_computed_once_without_torch_too(tmp_path, monkeypat
     for parameter in module.features.parameters():
         parameter.requires_grad_(False)
     config = TrainConfig.resolve({"clients": 2, "directions": 4, "rounds": 2})
-    _, scale, shift = _digits()
+    train, _ = digits()
     bundle = from_torch(
         module,
         input_shape=(1, 8, 8),
         classes=[str(i) for i in range(10)],
-        scale=scale,
-        shift=shift,
+        scale=train.scale,
+        shift=train.shift,
         onnx=False,
     )
     bundle.write(tmp_path / "head")
@@ -97,14 +93,9 @@ def test_frozen_features_are_computed_once_without_torch_too(tmp_path, monkeypat
     job = build(TrainConfig.resolve({**_plain(config), "bundle": str(tmp_path / "head")}))
     assert sum(passes) == 1437 + 360  # each sample once
     assert all(client.samples.batch(np.arange(2)).prefixed for client in job.clients)
-    job.clients[0].runtime.loss(job.server.weights, job.clients[0].samples.batch(np.arange(4)))
-
-
-def _digits():
-    from baffle import data
-
-    train, _ = data.digits()
-    return train, train.scale, train.shift
+    client, own = job.clients[0], iid(1437, 2, 0)[0][:4]
+    cached = client.runtime.loss(job.server.weights, client.samples.batch(np.arange(4)))
+    assert cached == pytest.approx(client.runtime.loss(job.server.weights, train.batch(own)), rel=1e-6)
 
 
 def _plain(config):

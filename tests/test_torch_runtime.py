@@ -842,13 +842,10 @@ def test_a_module_that_views_its_images_is_measured_like_one_that_flattens_them(
     batch = Batch(rng.standard_normal((6, 1, 4, 4)).astype(np.float32), rng.integers(0, 3, 6))
     w = viewing.weights()
     assert np.array_equal(w, flattening.weights())
-    for runtime in (viewing, flattening):
-        got = runtime.losses(w, batch, STREAM, Gaussian(), range(4), 0.1)
-        np.testing.assert_allclose(
-            got, flattening.losses(w, batch, STREAM, Gaussian(), range(4), 0.1), rtol=1e-6
-        )
-        with runtime.holding(batch):
-            assert runtime.loss(w, batch) == pytest.approx(flattening.loss(w, batch), rel=1e-6)
+    got, want = (r.losses(w, batch, STREAM, Gaussian(), range(4), 0.1) for r in (viewing, flattening))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    with viewing.holding(batch):
+        assert viewing.loss(w, batch) == pytest.approx(flattening.loss(w, batch), rel=1e-6)
     np.testing.assert_allclose(viewing.outputs(w, batch), flattening.outputs(w, batch), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         viewing.gradient(w, batch)[0], flattening.gradient(w, batch)[0], rtol=1e-4, atol=1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
     )
     runs.add_argument("--micro-batch", type=int, metavar="N", help="samples that pass together")
     runs.add_argument(
-        "--storage", choices=("float32", "float16", "bfloat16", "int8"), help="numpy: how weights are held"
+        "--storage",
+        choices=("float32", "float16", "bfloat16", "int8"),
+        help="numpy: how weights are held; with --state, in memory only so",
     )
     runs.add_argument(
         "--arithmetic", choices=("float32", "float16", "bfloat16"), help="numpy: what is computed in"
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("BAFFLE_KERNELS", "0")
     return_large_blocks()
-    endpoint, streamed = _endpoint(options)
+    endpoint, filed = _endpoint(options)
 
     def end(_signal: int, _frame: Any) -> None:
         raise KeyboardInterrupt
@@ -95,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             from baffle.device import serve
 
-            spool = options.state if streamed else None
+            spool = options.state if filed else None
             serve(
                 endpoint,
                 options.listen,
@@ -138,21 +141,18 @@ def _endpoint(options: argparse.Namespace) -> tuple[Endpoint, bool]:
     if bundle.graph is not None and bundle.graph.loss != "cross-entropy":
         raise ConfigError(f"{options.bundle}: labels need cross-entropy, not {bundle.graph.loss}")
     data = load_local(options.data, bundle.input_shape, bundle.classes, bundle.scale, bundle.shift)
-    whole, mode = _runtime(options, bundle, config.batch_size or len(data), allowed.memory)
-    runtime, samples = whole, _samples(whole, data)
-    if config.sparsity:
-        from baffle.runtimes.pruned import Pruned, by_magnitude
-
-        runtime = Pruned(whole, by_magnitude(bundle.weights(), bundle.layout, config.sparsity))
+    pruned = _pruning(bundle, config.sparsity)
+    whole, mode = _runtime(options, bundle, pruned, config.batch_size or len(data), allowed.memory)
+    runtime, samples = pruned(whole), _samples(whole, data)
     client = Client(options.name, runtime, samples, seed=config.seed, seal=seal)
     del data
     state = None if options.state is None else options.state / _DAYS
-    streamed = mode in _STREAMED
-    weights = bundle.stored if streamed and not config.sparsity else None
+    filed = _is_filed(options, mode)
+    weights = bundle.stored if filed and not config.sparsity else None
     base = resident() + _carried(options, bundle, mode)
     guard = Guard(allowed, client, state=state, base=base, weights=weights)
-    receiver = Stored(options.state / _WEIGHTS) if streamed else Alone()
-    return Endpoint(client, receiver=receiver, guard=guard), streamed
+    receiver = Stored(options.state / _WEIGHTS) if filed else Alone()
+    return Endpoint(client, receiver=receiver, guard=guard), filed
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
@@ -201,8 +201,22 @@ def _seal(options: argparse.Namespace, config: TrainConfig) -> Seal | None:
         raise
 
 
+def _pruning(bundle: Bundle, sparsity: float) -> Callable[[Any], Any]:
+    """A runtime of the whole network → the one that measures."""
+    if not sparsity:
+        return lambda runtime: runtime
+    from baffle.runtimes.pruned import Pruned, by_magnitude
+
+    mask = by_magnitude(bundle.weights(), bundle.layout, sparsity)
+    return lambda runtime: Pruned(runtime, mask)
+
+
 def _runtime(
-    options: argparse.Namespace, bundle: Bundle, batch_size: int, memory: int | None
+    options: argparse.Namespace,
+    bundle: Bundle,
+    pruned: Callable[[Any], Any],
+    batch_size: int,
+    memory: int | None,
 ) -> tuple[Any, str]:
     """The runtime, and its mode: of those that the memory allows, the one that takes the most."""
     if options.runtime == "onnx":
@@ -231,7 +245,7 @@ def _runtime(
         for room in _ROOMS:
             try:
                 runtime = made(mode, room)
-                needed = base + _carried(options, bundle, mode) + runtime.peak(batch_size)
+                needed = base + _carried(options, bundle, mode) + pruned(runtime).peak(batch_size)
             except ConfigError:  # a sample does not fit that little room
                 break
             if needed <= memory:
@@ -244,9 +258,23 @@ def _runtime(
     )
 
 
+def _is_filed(options: argparse.Namespace, mode: str) -> bool:
+    """Whether a round's model goes to a file as it comes: what streams it or packs it reads it from there."""
+    return options.state is not None and (mode in _STREAMED or _packs(options))
+
+
+def _packs(options: argparse.Namespace) -> bool:
+    return options.storage not in (None, "float32")
+
+
 def _carried(options: argparse.Namespace, bundle: Bundle, mode: str) -> int:
-    """Bytes of a round's model on its way: from a socket to memory it is there twice as it comes."""
-    return 0 if options.drop is not None or mode in _STREAMED else 8 * bundle.layout.n
+    """Bytes of a round's model that a runtime does not count: what it is packed from, and on its way.
+
+    From a socket to memory it is there twice as it comes.
+    """
+    if _is_filed(options, mode):
+        return 0
+    return (4 * _packs(options) + 8 * (options.drop is None)) * bundle.layout.n
 
 
 def _samples(runtime: Any, data: RawDataset) -> Samples:

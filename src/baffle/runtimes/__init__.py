@@ -13,12 +13,25 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from baffle.errors import PrecisionError
 from baffle.perturbations import Layout, Perturbation
 from baffle.stream import Stream
 
 # The smallest σ whose slopes still follow the exact directional derivative (correlation ≥ 0.99; LeNet,
 # central), by the coarsest type in the forward pass. `baffle doctor` measures them on this machine.
 USABLE_SIGMA = {"float64": 1e-8, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+
+
+def check_sigma(sigma: float, arithmetic: str) -> None:
+    """Raises PrecisionError where a type, by its name, cannot resolve ``sigma``."""
+    usable = USABLE_SIGMA.get(arithmetic)
+    if usable is None:
+        raise PrecisionError(f"{arithmetic} arithmetic cannot measure slopes: use float32")
+    if sigma < usable:
+        raise PrecisionError(
+            f"σ = {sigma:g} lies below what {arithmetic} arithmetic resolves: use σ ≥ {usable:g} with the "
+            "central scheme, or keep the weights' noise and the forward pass in float32"
+        )
 
 
 class Batch(NamedTuple):

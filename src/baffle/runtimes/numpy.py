@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from baffle.errors import ConfigError, DataError, PrecisionError
+from baffle.errors import ConfigError, DataError
 from baffle.perturbations import Gaussian, Layout, Perturbation
-from baffle.runtimes import USABLE_SIGMA, Batch
+from baffle.runtimes import Batch, check_sigma
 from baffle.runtimes.activations import rounding
 from baffle.runtimes.graph import Graph, Node
 from baffle.runtimes.network import Network
@@ -106,12 +106,7 @@ class NumpyRuntime:
         return self.bundle.weights()
 
     def check_sigma(self, sigma: float) -> None:
-        usable = USABLE_SIGMA[self.arithmetic]
-        if sigma < usable:
-            raise PrecisionError(
-                f"σ = {sigma:g} lies below what {self.arithmetic} arithmetic resolves: use σ ≥ {usable:g} "
-                "with the central scheme, or float32 arithmetic (weights may be stored in less)"
-            )
+        check_sigma(sigma, self.arithmetic)
 
     def peak(self, batch_size: int) -> int:
         """Bytes of arrays that a measurement of ``batch_size`` samples holds at most, all together.

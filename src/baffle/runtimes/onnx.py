@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baffle.bundle import MODEL, PREFIX, Bundle
-from baffle.errors import ConfigError, DataError, MissingExtraError, PrecisionError
+from baffle.errors import ConfigError, DataError, MissingExtraError
 from baffle.perturbations import Layout, Perturbation
-from baffle.runtimes import USABLE_SIGMA, Batch
+from baffle.runtimes import Batch, check_sigma
 from baffle.runtimes.sources import CHUNK, Source
 from baffle.stream import Stream
 
@@ -92,11 +92,7 @@ class OnnxRuntime:
         return self.bundle.weights()
 
     def check_sigma(self, sigma: float) -> None:
-        usable = USABLE_SIGMA["float32"]
-        if sigma < usable:
-            raise PrecisionError(
-                f"σ = {sigma:g} lies below what float32 arithmetic resolves: use σ ≥ {usable:g}"
-            )
+        check_sigma(sigma, self.arithmetic)
 
     # -- losses -------------------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from baffle.bundle import frozen_digest
-from baffle.errors import ConfigError, LossError, PrecisionError
+from baffle.errors import ConfigError, LossError
 from baffle.perturbations import Layout, LowRank, Perturbation
-from baffle.runtimes import USABLE_SIGMA, Batch
+from baffle.runtimes import Batch, check_sigma
 from baffle.runtimes.arrays import TorchArrays
 from baffle.runtimes.batched import FEWEST
 from baffle.runtimes.objective import Directions, Loss, Objective, Part, Reduce, each, mean
@@ -129,15 +129,7 @@ class TorchRuntime:
         )
 
     def check_sigma(self, sigma: float) -> None:
-        name = str(self.arithmetic).removeprefix("torch.")
-        usable = USABLE_SIGMA.get(name)
-        if usable is None:
-            raise PrecisionError(f"{self.arithmetic} arithmetic cannot measure slopes: use float32")
-        if sigma < usable:
-            raise PrecisionError(
-                f"σ = {sigma:g} lies below what {name} arithmetic resolves: use σ ≥ {usable:g} with the "
-                "central scheme, or keep the weights' noise and the forward pass in float32"
-            )
+        check_sigma(sigma, str(self.arithmetic).removeprefix("torch."))
 
     # -- losses -------------------------------------------------------------------------------------
 
