@@ -108,6 +108,25 @@ def test_what_is_written_is_read(tmp_path: Path):
             np.testing.assert_array_equal(source[3:9], before.weights()[3:9])
 
 
+def test_a_bundle_of_its_files_is_the_one_of_its_folder(folder: Path):
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    read, made = Bundle.read(folder), Bundle.of_files(files)
+    assert (made.layout, made.graph, made.classes) == (read.layout, read.graph, read.classes)
+    assert made.frozen_digest == read.frozen_digest == frozen_digest(made.frozen)
+    np.testing.assert_array_equal(made.weights(), read.weights())
+    assert Bundle.of_files({n: data for n, data in files.items() if n != "weights.bin"}).initial is None
+    for wrong in (
+        {**files, "frozen.bin": files["frozen.bin"] + b"0"},
+        {**files, "weights.bin": files["weights.bin"][:-4]},
+        {**files, "more.bin": b""},
+        {name: data for name, data in files.items() if name != "frozen.bin"},
+        {name: data for name, data in files.items() if name != "bundle.json"},
+        {**files, "bundle.json": files["bundle.json"][:-1]},
+    ):
+        with pytest.raises(DataError):
+            Bundle.of_files(wrong)
+
+
 def test_weights_are_a_fresh_copy(folder: Path):
     for bundle in (small(), Bundle.read(folder)):
         bundle.weights()[:] = 0

@@ -182,7 +182,7 @@ def test_a_provision_comes_back_without_copies(bundle):
         assert mine.dtype == theirs.dtype
         np.testing.assert_array_equal(mine, theirs)
         assert np.shares_memory(mine, raw)
-    made = worker.bundle_of(found.files)
+    made = Bundle.of_files(found.files)
     np.testing.assert_array_equal(made.weights(), bundle.weights())
     assert made.layout == bundle.layout
     assert made.graph == bundle.graph

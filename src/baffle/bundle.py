@@ -170,6 +170,9 @@ class Bundle:
         told = _Told(head, _parsed(head, raw))
         try:
             bundle, files = _decoded(told, path)
+            for name in (MODEL, PREFIX):
+                if name not in files and os.path.lexists(path / name):
+                    raise DataError(f"{path / name}: {HEAD} does not name it")
             for name, (size, digest) in files.items():
                 _compare(path / name, size, digest if check else None)
             # After the comparison: what is allocated is no more than the file is long.
@@ -179,6 +182,31 @@ class Bundle:
                 raise DataError(f"{path / FROZEN}: not the tensors that {HEAD} has the digest of")
             return bundle
         except ConfigError as error:  # a shape, a setting of a layer
+            raise DataError(f"{head}: {_why(error)}") from error
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes | bytearray | memoryview]) -> Bundle:
+        """A bundle in memory, of its files: ``bundle.json``, ``frozen.bin``, perhaps ``weights.bin``.
+
+        For whoever has compared their hashes. Frozen tensors and weights are views of their files. Raises
+        DataError for what is no bundle, as ``read`` does.
+        """
+        head = Path(HEAD)
+        try:
+            told = _Told(head, _parsed(head, bytes(files[HEAD])))
+            bundle, sizes = _decoded(told, None)
+            for name in files.keys() - {HEAD}:
+                if name not in sizes or len(files[name]) != sizes[name][0]:
+                    raise DataError(f"{name}: not the file that {HEAD} names")
+            frozen, at = {}, 0
+            for name, shape, dtype, size in _spaces(told.keys(_KEYS)["frozen"]):
+                frozen[name] = np.frombuffer(files[FROZEN], dtype, math.prod(shape), at).reshape(shape)
+                at += size
+            initial = np.frombuffer(files[WEIGHTS], "<f4") if WEIGHTS in files else None
+            return replace(bundle, frozen=MappingProxyType(frozen), initial=initial)
+        except KeyError as error:
+            raise DataError(f"{error.args[0]}: a bundle has this file") from error
+        except ConfigError as error:
             raise DataError(f"{head}: {_why(error)}") from error
 
     def write(self, folder: str | os.PathLike[str], weights: Source | None = None) -> Bundle:
@@ -386,7 +414,7 @@ _KEYS = {"classes", "files", "format", "frozen", "frozen_digest", "graph", "inpu
 _KEYS |= {"layout", "missing", "name", "scale", "shift"}
 
 
-def _decoded(told: _Told, folder: Path) -> tuple[Bundle, dict[str, tuple[int, str]]]:
+def _decoded(told: _Told, folder: Path | None) -> tuple[Bundle, dict[str, tuple[int, str]]]:
     """The bundle without its frozen tensors, and size and hash of each file."""
     if isinstance(told.value, dict) and told.value.get("format") != FORMAT:
         raise DataError(f"{told.path}: its format is {repr(told.value.get('format'))[:40]}, not {FORMAT!r}")
@@ -398,9 +426,6 @@ def _decoded(told: _Told, folder: Path) -> tuple[Bundle, dict[str, tuple[int, st
         )
         for name, entry in head["files"].keys({WEIGHTS, FROZEN}, frozenset({MODEL, PREFIX})).items()
     }
-    for name in (MODEL, PREFIX):
-        if name not in files and os.path.lexists(folder / name):
-            raise DataError(f"{folder / name}: {HEAD} does not name it")
     tensors = [entry.keys({"name", "shape"}) for entry in head["layout"].items(1 << 16)]
     layout = Layout(
         tuple(entry["name"].text() for entry in tensors), tuple(entry["shape"].shape() for entry in tensors)

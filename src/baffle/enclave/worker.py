@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baffle.aggregation import ANSWER, Seal
-from baffle.bundle import FROZEN, HEAD, WEIGHTS, Bundle
+from baffle.bundle import Bundle
 from baffle.client import Client, Download
 from baffle.digests import sha256
 from baffle.enclave import seccomp
@@ -230,40 +230,6 @@ def seal_settings(
     }
 
 
-def bundle_of(files: Mapping[str, Bytes]) -> Bundle:
-    """A bundle in memory, of its files: ``bundle.json``, ``frozen.bin``; ``weights.bin`` where it is sent.
-
-    The frozen tensors are views of their file. Raises DataError for what is none.
-    """
-    try:
-        head = json.loads(bytes(files[HEAD]))
-        layout = Layout(
-            tuple(each["name"] for each in head["layout"]),
-            tuple(tuple(each["shape"]) for each in head["layout"]),
-        )
-        frozen, at = {}, 0
-        for each in head["frozen"]:
-            dtype = np.dtype(each["type"]).newbyteorder("<")
-            count = int(np.prod(each["shape"], dtype=np.int64))
-            frozen[each["name"]] = np.frombuffer(files[FROZEN], dtype, count, at).reshape(each["shape"])
-            at += dtype.itemsize * count
-        return Bundle(
-            head["name"],
-            layout,
-            frozen,
-            bytes.fromhex(head["frozen_digest"]),
-            tuple(head["input_shape"]),
-            tuple(head["classes"]),
-            np.array(head["scale"], np.float32),
-            np.array(head["shift"], np.float32),
-            None if head["graph"] is None else Graph.from_dict(head["graph"]),
-            head["missing"],
-            initial=np.frombuffer(files[WEIGHTS], "<f4") if WEIGHTS in files else None,
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"no bundle: {error}") from error
-
-
 def model_hash(hashes: Mapping[str, str]) -> str:
     """``Manifest.model`` of a bundle's folder: file name → SHA-256 in hexadecimal."""
     text = json.dumps(
@@ -400,7 +366,7 @@ class Worker:
         if model_hash(hashes) != self._manifest["model"]:
             raise SecurityError("another bundle than the one that this worker was measured with")
         settings = self._manifest["config"]["runtime"]
-        runtime = NumpyRuntime(bundle_of(given.files), **settings)
+        runtime = NumpyRuntime(Bundle.of_files(given.files), **settings)
         seal: Seal | None = None
         if given.seal is not None:
             keys = {name: bytes.fromhex(key) for name, key in given.seal["roster"].items()}
