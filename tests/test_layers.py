@@ -19,7 +19,7 @@ from baffle.aggregation import IntegerSum, OpenSeal
 from baffle.checkpoint import ScalarLog, load_checkpoint, replay, save_checkpoint
 from baffle.client import Client
 from baffle.config import TrainConfig
-from baffle.dealing import Deal, squares_of_gradient, squares_of_slopes
+from baffle.dealing import Deal, _shares, squares_of_gradient, squares_of_slopes
 from baffle.errors import AggregationError, ConfigError
 from baffle.estimator import SteinEstimator
 from baffle.export.torch import from_torch
@@ -27,7 +27,7 @@ from baffle.job import build as job_of
 from baffle.models import MobileNetV2, build
 from baffle.perturbations import Gaussian, Layers, Layout, gaussian_table, perturbation_from_spec
 from baffle.plan import LocalSteps, LocalTraining, RoundPlan, RoundResult, RoundSum
-from baffle.runtimes import Batch, LayerRuntime
+from baffle.runtimes import Batch, LayerCost, LayerRuntime
 from baffle.runtimes.arrays import TorchArrays
 from baffle.runtimes.numpy import NumpyRuntime
 from baffle.runtimes.pruned import Pruned
@@ -450,16 +450,27 @@ def test_the_costs_of_lenet_by_hand():
         whole = first + between + second + behind + last
         by_hand = (1.0, (second + behind + last) / whole, last / whole)
         costs = runtime.layer_costs(batch)
-        assert costs[0] == 1.0
+        directions, coordinates = np.array(costs).T
+        assert directions[0] == 1.0
         # The count has all results, of a loss and of cutting W into tensors too, which is little.
-        assert np.abs(np.array(costs) - by_hand).max() < 0.006
+        assert np.abs(directions - by_hand).max() < 0.006
+        # Of a coordinate of the first layer: one input channel of the second, and what each step changes; of
+        # one of the second: one channel of its sums, through two steps, and one input of the last.
+        products = (second / a + last, b * 3 / b, 0)
+        elements = (
+            a * size**2 / a * 4 + (size // 2) ** 2 + b * (size // 2) ** 2 * 3,
+            (size // 2) ** 2 * 4 + 1,
+            3,
+        )
+        of_coordinates = [(2 * p + 16 * e) / whole for p, e in zip(products, elements, strict=True)]
+        assert np.allclose(coordinates, of_coordinates, rtol=0.05, atol=5e-4)
         assert isinstance(runtime, LayerRuntime)
 
 
 def test_forward_passes_are_what_directions_cost():
     module, batch = build("lenet", 3, 3, 0, channels=(4, 8)), pictures()
     runtime, layers = TorchRuntime(module), Layers((5, 20, 10))
-    first, second, last = runtime.layer_costs(batch)
+    first, second, last = (cost.direction for cost in runtime.layer_costs(batch))
     spent = math.ceil(5 * first + 20 * second + 10 * last)
     assert 13 < spent < 30
     once = 1 + 3 + spent  # the loss at W, and what is kept for each of three layers
@@ -467,6 +478,11 @@ def test_forward_passes_are_what_directions_cost():
         estimator = SteinEstimator(35, 1e-3, scheme, layers)
         assert estimator.slopes(runtime, runtime.weights(), batch, STREAM).forward_passes == passes
         assert estimator.simulated_passes(runtime, batch) == passes
+    exact = Layers((304, 20, 27))
+    first, last = runtime.layer_costs(batch)[0].coordinate, runtime.layer_costs(batch)[2].coordinate
+    spent = math.ceil(304 * first + 20 * second + 27 * last)
+    passes = SteinEstimator(351, 1e-3, perturbation=exact).simulated_passes(runtime, batch)
+    assert passes == 2 + 3 + spent < 304
     pruned = Pruned(runtime, np.arange(runtime.layout.n) % 2 == 0)  # no runtime with costs: whole passes
     assert not isinstance(pruned, LayerRuntime)
     measured = SteinEstimator(35, 1e-3, perturbation=layers).slopes(pruned, pruned.weights(), batch, STREAM)
@@ -579,25 +595,70 @@ def relaxed(squares, sizes, costs, passes):
     return np.exp(found.x)
 
 
-def test_counts_are_the_best_real_ones_rounded_down():
+def left(squares, sizes, counts):
+    """The variance that is left: layers with as many directions as parameters are exact."""
+    sizes, counts = np.array(sizes), np.array(counts)
+    return variance(np.where(counts < sizes, squares, 0.0), sizes, counts)
+
+
+def alike(*costs):
+    return tuple(LayerCost(cost, cost) for cost in costs)
+
+
+def test_shares_are_the_best_real_ones():
     rng = np.random.default_rng(8)
     capped = least = 0
     for _ in range(60):
         layers = int(rng.integers(1, 7))
-        sizes = rng.integers(1, 10 ** rng.integers(1, 5), layers)
+        sizes = rng.integers(1, 10 ** rng.integers(1, 5), layers).astype(float)
         costs = np.sort(rng.uniform(0.02, 1, layers))[::-1]
         squares = 10.0 ** rng.uniform(-3, 3, layers)
         passes = float(costs.sum() + rng.exponential(500))
-        counts = np.array(Deal(passes, tuple(sizes.tolist()), tuple(costs)).counts(squares))
+        counts = _shares(passes, sizes, costs, squares)
         best = variance(squares, sizes, relaxed(squares, sizes, costs, passes))
-        above = variance(squares, sizes, np.minimum(counts + 1, sizes))
-        assert above * (1 - 1e-4) <= best <= variance(squares, sizes, counts) * (1 + 1e-4)
-        assert costs @ counts <= passes * (1 + 1e-9)
-        assert costs @ np.minimum(counts + 1, sizes) >= min(passes, costs @ sizes) * (1 - 1e-9)
+        assert best * (1 - 1e-4) <= variance(squares, sizes, counts) <= best * (1 + 1e-4)
+        assert min(passes, costs @ sizes) * (1 - 1e-9) <= costs @ counts <= passes * (1 + 1e-9)
         capped += np.any((counts == sizes) & (sizes > 1))
         least += np.any((counts == 1) & (sizes > 1))
     assert capped > 5
     assert least > 2
+
+
+def test_the_layers_that_are_measured_exactly_are_worth_it():
+    """Against every choice of such layers, the others having real shares of what is left."""
+    rng = np.random.default_rng(10)
+    worse, exact = [], 0
+    for _ in range(80):
+        layers = int(rng.integers(1, 5))
+        sizes = rng.integers(2, 10 ** rng.integers(1, 4), layers)
+        directions = np.sort(rng.uniform(0.05, 1, layers))[::-1]
+        coordinates = directions * 10.0 ** rng.uniform(-2, 0, layers)
+        costs = tuple(map(LayerCost, directions.tolist(), coordinates.tolist()))
+        squares = 10.0 ** rng.uniform(-2, 2, layers)
+        passes = float(directions.sum() + rng.exponential(200))
+        counts = np.array(Deal(passes, tuple(sizes.tolist()), costs).counts(squares))
+        here = counts == sizes
+        assert np.where(here, coordinates, directions) @ counts <= passes * (1 + 1e-9)
+        found = []
+        for chosen in itertools.product((False, True), repeat=layers):
+            some = np.array(chosen)
+            rest = passes - (sizes * coordinates)[some].sum()
+            if rest >= directions[~some].sum():
+                shares = sizes.astype(float)
+                if not some.all():
+                    shares[~some] = _shares(
+                        rest, sizes[~some].astype(float), directions[~some], squares[~some]
+                    )
+                found.append(left(squares, sizes, shares))
+        whole = left(
+            squares, sizes, np.where(here, counts, np.minimum(counts + 1, sizes - 1))
+        )  # not rounded down
+        worse.append((whole + 1e-9) / (min(found) + 1e-9))
+        exact += here.any() and not here.all()
+    assert exact > 5
+    assert (
+        np.mean(np.array(worse) > 1.0001) < 0.1
+    )  # one layer after the other is nearly always the best choice
 
 
 def test_counts_against_all_that_there_are():
@@ -606,21 +667,28 @@ def test_counts_against_all_that_there_are():
     for _ in range(15):
         sizes, costs = np.array([50, 60, 40]), (1.0, *np.sort(rng.uniform(0.1, 1, 2))[::-1])
         squares, passes = 10.0 ** rng.uniform(-1, 1, 3), 60.0
-        counts = Deal(passes, tuple(sizes.tolist()), costs).counts(squares)
+        counts = Deal(passes, tuple(sizes.tolist()), alike(*costs)).counts(squares)
         grid = np.stack(np.meshgrid(*(np.arange(1, n + 1) for n in sizes), indexing="ij")).reshape(3, -1)
         paid = grid[:, np.array(costs) @ grid <= passes]
-        least = (squares * sizes @ (1 / paid)).min()
-        assert least * (1 - 1e-12) <= variance(squares, sizes, counts) < 1.08 * least
+        noisy = np.where(paid < sizes[:, None], squares[:, None] * sizes[:, None] / paid, 0.0).sum(axis=0)
+        assert noisy.min() * (1 - 1e-12) <= left(squares, sizes, counts) < 1.08 * noisy.min()
         even = np.maximum(1, np.floor(passes / sum(costs)))  # to each as many
-        assert variance(squares, sizes, counts) < 1.02 * variance(squares, sizes, np.minimum(even, sizes))
+        assert left(squares, sizes, counts) < 1.02 * left(squares, sizes, np.minimum(even, sizes))
+
+
+def test_what_can_be_had_exactly_is():
+    costs = (LayerCost(1.0, 0.1), LayerCost(0.9, 0.002), LayerCost(0.001, 0.0005))
+    assert Deal(90.0, (400, 25000, 600), costs).counts() != (400, 25000, 600)
+    for squares in (None, np.array([1e-9, 1.0, 1e9])):
+        assert Deal(91.0, (400, 25000, 600), costs).counts(squares) == (400, 25000, 600)
 
 
 def test_degenerate_looks():
-    deal = Deal(100.0, (1000, 2000, 10), (1.0, 0.5, 0.1))
-    alike = deal.counts()
-    assert deal.counts(np.array([1000.0, 2000.0, 10.0])) == alike
+    deal = Deal(100.0, (1000, 2000, 10), alike(1.0, 0.5, 0.1))
+    as_ever = deal.counts()
+    assert deal.counts(np.array([1000.0, 2000.0, 10.0])) == as_ever
     for bad in ([0, 0, 0], [math.nan, 1, 1], [1, math.inf, 1], [1, -1, 1]):
-        assert deal.counts(np.array(bad, float)) == alike
+        assert deal.counts(np.array(bad, float)) == as_ever
         before = np.array([1.0, 2.0, 3.0])
         assert deal.looked(before, np.array(bad, float)) is before
         assert deal.looked(None, np.array(bad, float)) is None
@@ -634,11 +702,11 @@ def test_degenerate_looks():
     assert deal.counts(np.array([5e-324] * 3))[2] == 10
     after = deal.looked(np.array([1.0, 2.0, 3.0]), np.array([11.0, 2.0, 3.0]))
     assert np.allclose(after, [2.0, 2.0, 3.0])
-    assert Deal(1e9, (1000, 2000, 10), (1.0, 0.5, 0.1)).counts() == (1000, 2000, 10)
+    assert Deal(1e9, (1000, 2000, 10), alike(1.0, 0.5, 0.1)).counts() == (1000, 2000, 10)
 
 
 def test_deals_that_cannot_be():
-    Deal(1.6, (5, 6, 7), (1.0, 0.5, 0.1)).counts()
+    Deal(1.6, (5, 6, 7), alike(1.0, 0.5, 0.1)).counts()
     for passes, sizes, costs in (
         (1.5, (5, 6, 7), (1.0, 0.5, 0.1)),
         (9.0, (5, 6, 7), (1.0, 0.5)),
@@ -649,8 +717,11 @@ def test_deals_that_cannot_be():
         (math.nan, (5, 6), (1.0, 1.0)),
     ):
         with pytest.raises(ConfigError):
-            Deal(passes, sizes, costs)
-    assert Deal.of(30, LAYOUT) == Deal(30, (10, 1, 12, 4), (1.0,) * 4)
+            Deal(passes, sizes, alike(*costs))
+    for cost in (LayerCost(0.5, 0.6), LayerCost(0.5, 0.0), LayerCost(0.5, math.nan)):
+        with pytest.raises(ConfigError):
+            Deal(9.0, (5,), (cost,))
+    assert Deal.of(30, LAYOUT) == Deal(30, (10, 1, 12, 4), alike(*(1.0,) * 4))
 
 
 def test_squares_say_what_the_gradient_is():
@@ -742,7 +813,7 @@ def test_counts_follow_slopes(fidelity):
         seen.append(estimator.perturbation.counts)
         assert estimator.directions == sum(seen[-1]) <= 40
         assert record.forward_passes == 3 * 2 * sum(seen[-1])
-    assert seen[0] == DEAL.counts() == (21, 16, 2)  # as though all entries were alike
+    assert seen[0] == DEAL.counts() == (20, 15, 5)  # as though all entries were alike
     g = Bowl.curvature * (server.weights - 2.0)
     true = DEAL.counts(squares_of_gradient(g.astype(np.float32), Bowl.layout))
     assert true[0] > 2 * seen[0][0] * 0.8
@@ -782,7 +853,7 @@ def test_the_scalar_log_makes_the_server_again(tmp_path):
     late = bowl_server()
     assert replay(late, log, until=9) == 8
     assert state_of(late) == state_of(server)
-    assert len({plan.estimator.directions for plan, _ in log}) > 1
+    assert len({plan.estimator.perturbation.counts for plan, _ in log}) > 1
 
 
 def test_clients_of_fewer_directions_are_refused_in_one_line():
@@ -811,7 +882,7 @@ def test_what_needs_one_K_is_refused(options):
 
 def test_a_deal_of_another_model_is_refused():
     with pytest.raises(ConfigError, match="layers"):
-        bowl_server(deal=Deal(40, (40, 35), (1.0, 1.0)))
+        bowl_server(deal=Deal(40, (40, 35), alike(1.0, 1.0)))
 
 
 DIGITS = {"data": "digits", "model": "mlp", "clients": 4, "directions": 30, "threads": 1, "rounds": 4}
@@ -830,10 +901,12 @@ def test_a_job_deals_out_what_its_directions_pay_for():
     one = job()
     records = run(one)
     costs = one.runtime.layer_costs(Batch(np.zeros((20, 1, 8, 8), np.float32), np.zeros(20, np.int64)))
-    assert 1.0 >= costs[0] > costs[1]
+    assert 1.0 >= costs[0].direction > costs[1].direction
+    sizes = [stop - start for _, start, stop in one.runtime.layout.layers]
     for record in records:
         counts = record.plan.estimator.perturbation.counts
-        spent = sum(c * K for c, K in zip(costs, counts, strict=True))
+        each = [c.coordinate if n == K else c.direction for c, K, n in zip(costs, counts, sizes, strict=True)]
+        spent = sum(c * K for c, K in zip(each, counts, strict=True))
         assert 23 < spent <= 30 - 1 - len(costs)
         assert record.forward_passes == 4 * (2 + len(costs) + math.ceil(spent)) <= 4 * 31
         assert sum(counts) > spent  # those of the last layer cost little

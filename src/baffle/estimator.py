@@ -168,8 +168,13 @@ class SteinEstimator:
         """Raises ConfigError where directions in layers are not for the runtime's."""
         if not isinstance(self.perturbation, Layers):
             return None
-        self.perturbation.parts(runtime.layout)
-        return runtime.layer_costs(batch) if isinstance(runtime, LayerRuntime) else None
+        parts = self.perturbation.parts(runtime.layout)
+        if not isinstance(runtime, LayerRuntime):
+            return None
+        costs = zip(runtime.layer_costs(batch), parts, strict=True)
+        return [
+            c.coordinate if len(own) == stop - start else c.direction for c, (own, start, stop, _) in costs
+        ]
 
     def _tangent(
         self, runtime: Runtime, weights: NDArray[np.float32], batch: Batch, stream: Stream, first: int
@@ -248,7 +253,13 @@ class SteinEstimator:
         out = arrays.empty((layout.n,))
         # As an array: some libraries multiply by 1/K where a device array is divided by a Python number.
         count = arrays.scalar(len(slopes))
-        for ks, begin, end in self._regions(slopes, first, layout):
+        for ks, begin, end, along_coordinates in self._regions(slopes, first, layout):
+            if along_coordinates:  # the sum has one term an entry; adding 0.0 makes its −0 a sum's +0
+                z = float(np.float32(math.sqrt(self.directions)))
+                terms = slopes[ks.start : ks.stop].astype(np.float64) * z + 0.0
+                with np.errstate(over="ignore"):
+                    out[begin:end] = arrays.float32(arrays.doubles(terms) / count)
+                continue
             own = slopes[ks.start - first : ks.stop - first].tolist()
             for start in range(begin, end, chunk):
                 stop = min(start + chunk, end)
@@ -262,17 +273,17 @@ class SteinEstimator:
 
     def _regions(
         self, slopes: NDArray[np.floating[Any]], first: int, layout: Layout
-    ) -> Iterator[tuple[range, int, int]]:
-        """Which of the slopes' directions matter to which part of the vector.
+    ) -> Iterator[tuple[range, int, int, bool]]:
+        """Which of the slopes' directions matter to which part of the vector, and whether each to one entry.
 
         Outside of its layer a direction adds zeros, which change no bit of a finite sum.
         """
         measured = range(first, first + len(slopes))
         if not isinstance(self.perturbation, Layers) or not np.isfinite(slopes).all():
-            yield measured, 0, layout.n
+            yield measured, 0, layout.n, False
             return
         for own, start, stop, _ in self.perturbation.parts(layout):
-            yield own, start, stop
+            yield own, start, stop, len(own) == stop - start
 
     def exact_slopes(
         self, gradient: NDArray[np.float32], stream: Stream, layout: Layout

@@ -386,7 +386,7 @@ def _deal(config: TrainConfig, runtime: Runtime, directions: int, samples: Sampl
         return Deal.of(directions, runtime.layout)
     costs = runtime.layer_costs(samples.batch(np.arange(min(len(samples), config.batch_size or 32))))
     kept = 1 + len(costs)  # passes: `SteinEstimator.passes`
-    if directions - kept < sum(costs):
+    if directions - kept < sum(cost.direction for cost in costs):
         raise ConfigError(
             f"K = {directions}: the perturbation layers takes {kept} passes for what is kept, and one for "
             f"each of {len(costs)} layers at the least"

@@ -55,6 +55,9 @@ class Arrays(Protocol):
     def scalar(self, value: float) -> Any:
         """``value`` as a float64 array (1,)."""
 
+    def doubles(self, values: NDArray[np.float64]) -> Any:
+        """``values`` as this library's float64 array."""
+
     def float32(self, array: Any) -> Any:
         """The array rounded to float32."""
 
@@ -89,6 +92,9 @@ class NumpyArrays:
 
     def scalar(self, value: float) -> NDArray[np.float64]:
         return np.array([value])
+
+    def doubles(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return values
 
     def float32(self, array: Any) -> Any:
         return array.astype(np.float32, copy=False)

@@ -146,10 +146,17 @@ class ExampleRuntime(Protocol):
         ...
 
 
+class LayerCost(NamedTuple):
+    """Shares of a forward pass, in (0, 1], by multiplications: what measurements in one layer cost."""
+
+    direction: float  # along a direction of the whole layer
+    coordinate: float  # along a coordinate of it, where all of them are measured
+
+
 @runtime_checkable
 class LayerRuntime(Protocol):
     """A runtime that, for directions in one layer (``Layers``), keeps what lies before that layer."""
 
-    def layer_costs(self, batch: Batch) -> tuple[float, ...]:
-        """What a direction of each layer costs, as a share of a forward pass: multiplications, in (0, 1]."""
+    def layer_costs(self, batch: Batch) -> tuple[LayerCost, ...]:
+        """What a direction in each layer costs."""
         ...

@@ -41,6 +41,9 @@ class TorchArrays:
     def scalar(self, value: float) -> Tensor:
         return torch.tensor([value], dtype=torch.float64, device=self.device)
 
+    def doubles(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
     def float32(self, array: Tensor) -> Tensor:
         return array.to(torch.float32)
 

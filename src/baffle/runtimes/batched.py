@@ -67,9 +67,14 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def survey(objective: Objective, origin: Tensor) -> Survey:
     """Cost: one forward pass."""
-    with torch.inference_mode(False), torch.no_grad(), _Counting() as counted:
-        objective.mean(objective.part.cast(origin))
-    return Survey(counted.multiplications, counted.convolutions, counted.largest)
+    return counted(lambda: objective.mean(objective.part.cast(origin)))
+
+
+def counted(call: Callable[[], object]) -> Survey:
+    """What a call does."""
+    with torch.inference_mode(False), torch.no_grad(), _Counting() as found:
+        call()
+    return Survey(found.multiplications, found.convolutions, found.largest)
 
 
 def pays(seen: Survey, device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from baffle.bundle import frozen_digest
 from baffle.errors import ConfigError, LossError
 from baffle.perturbations import Layers, Layout, LowRank, Perturbation
-from baffle.runtimes import Batch, check_sigma
+from baffle.runtimes import Batch, LayerCost, check_sigma
 from baffle.runtimes.arrays import TorchArrays
 from baffle.runtimes.batched import FEWEST
 from baffle.runtimes.layered import Layered
@@ -98,7 +98,7 @@ class TorchRuntime:
         )
         self._prefix_names = {} if self._prefix is None else self._names_in(self._prefix.before)
         self._memory_budget = memory_budget
-        self._costs: dict[tuple[object, ...], tuple[float, ...]] = {}
+        self._costs: dict[tuple[object, ...], tuple[LayerCost, ...]] = {}
         self._sweeps = Sweeps(self._part, self.device, memory_budget)
         self._held: tuple[Batch, Objective] | None = None
         self._apart = False  # not known before the first losses of examples
@@ -198,8 +198,8 @@ class TorchRuntime:
                 )
             return self._sweeps.losses(objective, origin, list(directions), scale, rows, reduce)
 
-    def layer_costs(self, batch: Batch) -> tuple[float, ...]:
-        """What a direction of each layer costs, as a share of a forward pass, counted in multiplications."""
+    def layer_costs(self, batch: Batch) -> tuple[LayerCost, ...]:
+        """What a direction in each layer costs, counted in multiplications."""
         key = (batch.inputs.shape, batch.prefixed)
         if key not in self._costs:
             with torch.inference_mode(), self._measuring():

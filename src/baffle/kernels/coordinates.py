@@ -1,0 +1,123 @@
+"""What one changed channel does to a mean over the image behind it: float32, one thread a call.
+
+of_sums       the channel itself, through an activation: its mean
+of_products   the channel through a convolution and an activation: the means of all that it reaches
+
+Both add up changes of activations, not activations: what is small is rounded as what is small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from baffle.kernels import compiled
+from baffle.kernels.simd import LANES, add, fma, load, splat, store
+from baffle.kernels.winograd import activated
+
+
+@compiled
+def _change(lanes: Any, activation: int, active: Any, at: int) -> Any:
+    return fma(load(active, at), splat(np.float32(-1.0)), activated(lanes, activation))
+
+
+@compiled
+def _total(lanes: Any, room: Any) -> Any:
+    store(room, 0, lanes)
+    total = np.float32(0.0)
+    for i in range(LANES):
+        total += room[i]
+    return total
+
+
+@compiled
+def of_sums(
+    sums: Any,
+    active: Any,
+    seen: Any,
+    shape: Any,
+    step: float,
+    activation: int,
+    begin: int,
+    end: int,
+    out: Any,
+) -> None:
+    """out[o, r, b] = mean over p of act(sums[o, b, p] + step·seen[r, b, p]) − active[o, b, p], for b in
+    [begin, end).
+
+    All flat; ``shape`` is (o, r, b, p), p a multiple of 16; ``active`` is act(sums).
+    """
+    channels, R, B, P = shape
+    size, room = splat(np.float32(step)), np.empty(LANES, np.float32)
+    for b in range(begin, end):
+        for o in range(channels):  # all that a sample's inputs are of use for, while they lie in the cache
+            at = (o * B + b) * P
+            for r in range(R):
+                row = (r * B + b) * P
+                total = splat(np.float32(0.0))
+                for p in range(0, P, LANES):
+                    moved = fma(load(seen, row + p), size, load(sums, at + p))
+                    total = add(total, _change(moved, activation, active, at + p))
+                out[(o * R + r) * B + b] = _total(total, room) / np.float32(P)
+
+
+@compiled
+def of_products(
+    change: Any,
+    kernel: Any,
+    sums: Any,
+    active: Any,
+    shape: Any,
+    taps: int,
+    activation: int,
+    begin: int,
+    end: int,
+    out: Any,
+) -> None:
+    """out[r, b, c] = mean over pixels of act(sums[b, c] + kernel[c] ∗ change[r, b]) − active[b, c], r in
+    [begin, end).
+
+    All flat: change (r, b, H, W), kernel (c, taps·taps), taps odd, zeros around the image, sums and
+    active = act(sums) (b, c, H, W). ``shape`` is (b, c, H, W), H a multiple of 8 and W of 16.
+    """
+    B, C, H, W = shape
+    pad, pixels, wide = taps // 2, H * W, W + taps - 1
+    padded = np.zeros((H + taps - 1) * wide, np.float32)
+    room = np.empty(LANES, np.float32)
+    for r in range(begin, end):
+        for b in range(B):
+            for i in range(H):
+                for j in range(0, W, LANES):
+                    store(padded, (i + pad) * wide + pad + j, load(change, ((r * B + b) * H + i) * W + j))
+            for c in range(C):
+                total = splat(np.float32(0.0))
+                for i in range(0, H, 8):
+                    for j in range(0, W, LANES):
+                        at = ((b * C + c) * H + i) * W + j
+                        # Eight lines that stay in registers, over all taps.
+                        s0, s1 = load(sums, at), load(sums, at + W)
+                        s2, s3 = load(sums, at + 2 * W), load(sums, at + 3 * W)
+                        s4, s5 = load(sums, at + 4 * W), load(sums, at + 5 * W)
+                        s6, s7 = load(sums, at + 6 * W), load(sums, at + 7 * W)
+                        for u in range(taps):
+                            for v in range(taps):
+                                w = splat(kernel[(c * taps + u) * taps + v])
+                                x = (i + u) * wide + j + v
+                                s0 = fma(load(padded, x), w, s0)
+                                s1 = fma(load(padded, x + wide), w, s1)
+                                s2 = fma(load(padded, x + 2 * wide), w, s2)
+                                s3 = fma(load(padded, x + 3 * wide), w, s3)
+                                s4 = fma(load(padded, x + 4 * wide), w, s4)
+                                s5 = fma(load(padded, x + 5 * wide), w, s5)
+                                s6 = fma(load(padded, x + 6 * wide), w, s6)
+                                s7 = fma(load(padded, x + 7 * wide), w, s7)
+                        total = add(total, _change(s0, activation, active, at))
+                        total = add(total, _change(s1, activation, active, at + W))
+                        total = add(total, _change(s2, activation, active, at + 2 * W))
+                        total = add(total, _change(s3, activation, active, at + 3 * W))
+                        total = add(total, _change(s4, activation, active, at + 4 * W))
+                        total = add(total, _change(s5, activation, active, at + 5 * W))
+                        total = add(total, _change(s6, activation, active, at + 6 * W))
+                        total = add(total, _change(s7, activation, active, at + 7 * W))
+                out[(r * B + b) * C + c] = _total(total, room) / np.float32(pixels)
