@@ -280,6 +280,26 @@ def low_rank(result: Row) -> list[str]:
     ]
 
 
+def coordinates(result: Row) -> list[str]:
+    rows = [
+        (
+            f"{row['images']}, batch {row['batch']}",
+            f"{row['directions']:,}",
+            f"{row['by_the_clock']['median']:.0f}",
+            f"{row['by_the_clock']['low']:.0f} to {row['by_the_clock']['high']:.0f}",
+            row["counted"],
+            f"{row['error']:.1%}",
+        )
+        for row in result["rows"]
+    ]
+    heads = ("LeNet, one core", "coordinates", "forward passes by the clock", "quartiles", "counted", "error")
+    return [
+        *table(heads, rows),
+        "",
+        f"`python benchmarks/coordinates.py`. {machine({'machine': result['printed_on']})}",
+    ]
+
+
 def profile_steps(result: Row) -> list[str]:
     """Milliseconds of one direction by kind of step, and their share."""
     rows = []
@@ -471,6 +491,7 @@ BLOCKS: dict[str, Callable[[Row], list[str]]] = {
     "profile:steps": profile_steps,
     "profile:alternatives": profile_alternatives,
     "low-rank": low_rank,
+    "coordinates": coordinates,
     "memory": memory,
     "mnist-speed": mnist_speed,
     "scale": scale,

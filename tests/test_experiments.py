@@ -284,6 +284,32 @@ def test_an_answer_needs_more_than_chance(world):
     assert "Is Hardswish better than SELU? MNIST, LeNet: **no**" in no
 
 
+def test_the_aims_are_reached_where_the_rows_say_so(world):
+    assert all(line.endswith("| not run | not run |") for line in paper.BLOCKS["paper:aims"]()[2:])
+
+    def curve(*looks):
+        return {"curve": [[at, 100 * at, 0, 10.0, average] for at, average in looks], "rounds": 20}
+
+    world("preset", "backprop/mnist-lenet", "paper", (99.0, 99.1, 99.2))
+    # 100 passes a round, 20 rounds for 20 epochs: 300 on each image at the third, of 501 · 20.
+    late = curve((1, 80.0), (3, 92.18), (4, 98.5))
+    world("preset", "layered/mnist-lenet", "paper", (98.5, 98.55, 98.6), **late)
+    near, soon, *_ = paper.BLOCKS["paper:aims"]()[2:]
+    assert near.endswith("| MNIST, LeNet | +0.55 ± 0.12 points behind (3 seeds) | **yes** |")
+    assert "92.18 after at most 300 passes on an image of 10,020: 3.0% | **yes** |" in soon
+    never = curve((1, 80.0), (20, 92.17))
+    world("preset", "layered/mnist-lenet", "paper", (97.0, 97.1, 97.2), **never)
+    near, soon, *_ = paper.BLOCKS["paper:aims"]()[2:]
+    assert near.endswith("+2.00 ± 0.00 points behind (3 seeds) | **no** |")
+    assert soon.endswith("| not all runs reach 92.18 | **no** |")
+    world("preset", "published/cifar10-lenet", "paper", (60.0,))
+    world("preset", "layered/cifar10-lenet", "paper", (70.0,), **curve((12, 60.5)))  # 2,400 of 20,040
+    world("preset", "backprop/cifar10-lenet", "paper", (71.0,))
+    _, _, near, soon = paper.BLOCKS["paper:aims"]()[2:]
+    assert near.endswith("+1.00 ± 1.41 points behind (1 seed) | undecided |")
+    assert "60.00 after at most 2,400 passes on an image of 20,040: 12.0% | **yes** |" in soon
+
+
 def test_one_seed_is_held_to_the_expected_spread(world):
     # 2·√2·1.0 = 2.83 points.
     world("table1", "k1/mnist-lenet", "small", (80.0,))
