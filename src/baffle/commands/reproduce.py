@@ -34,7 +34,12 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where their run folders go"
     )
-    command.add_argument("--only", metavar="GLOB", help="only cells ROW/COLUMN or ROW/COLUMN/SEED like this")
+    command.add_argument(
+        "--only",
+        action="append",
+        metavar="GLOB",
+        help="only cells ROW/COLUMN or ROW/COLUMN/SEED like this; may be given several times",
+    )
     command.add_argument("--budget", type=float, metavar="MINUTES", help="stop after so many minutes")
     command.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes; each of several has one core"
@@ -78,7 +83,7 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> bool:
         options.scale,
         str(options.runs),
         None if options.data is None else str(options.data),
-        options.only,
+        tuple(options.only or ()),
         None if options.budget is None else 60 * options.budget,
         1 if options.workers > 1 else None,
         options.device,

@@ -49,9 +49,11 @@ def ours(entry: Entry) -> str:
 
 def text(experiment: Experiment, scale: str | None = None) -> list[str]:
     """For the screen: a line, aligned, for each place where there is a run or a value of the paper."""
-    heads, found = ("row", "column", "ours", "paper", "verdict"), entries(experiment, scale)
+    heads: tuple[str, ...] = ("row", "column", "ours", "paper", "verdict")
+    found = entries(experiment, scale)
+    heads = heads if experiment.source else heads[:3]
     shown = [entry for entry in found if entry.scale is not None or entry.paper is not None]
-    lines = [heads, *(_line(experiment, entry) for entry in shown)]
+    lines = [heads, *(_line(experiment, entry)[: len(heads)] for entry in shown)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     rest, largest = len(found) - len(shown), _largest(experiment)
@@ -80,15 +82,17 @@ def markdown(experiment: Experiment, scale: str | None = None) -> list[str]:
         "|---" * (len(columns) + 1) + "|",
     ]
     for row, line in experiment.rows.items():
-        places = [_place(found.get((row, column))) for column in columns]
+        places = [_place(experiment, found.get((row, column))) for column in columns]
         if any(places):
             lines.append(f"| {line.title} | {' | '.join(places)} |")
     return [*lines, *_below(experiment, list(found.values()))]
 
 
-def _place(entry: Entry | None) -> str:
+def _place(experiment: Experiment, entry: Entry | None) -> str:
     if entry is None:
         return ""
+    if not experiment.source:  # nothing to compare with: it is no experiment of the paper's
+        return ours(entry)
     paper = NO_FIGURE if entry.paper is None else f"paper {entry.paper:.2f}"
     if entry.scale is None:
         return NOT_RUN if entry.paper is None else f"{NOT_RUN}; {paper}"

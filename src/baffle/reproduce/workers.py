@@ -28,13 +28,13 @@ class Work:
     scale: str
     runs: str
     data: str | None = None
-    only: str | None = None
+    only: tuple[str, ...] = ()  # globs; none stand for all
     budget: float | None = None  # seconds from now
     threads: int | None = None
     device: str = "cpu"
 
     def cells(self) -> list[Cell]:
-        """In the order in which they are run. Raises ConfigError where ``only`` chooses none."""
+        """In the order in which they are run. Raises ConfigError where one of ``only`` chooses none."""
         runs = Path(self.runs)
         every = Experiment.read(Path(self.experiment)).cells(
             self.scale,
@@ -43,11 +43,11 @@ class Work:
             threads=self.threads,
             device=self.device,
         )
-        chosen = [cell for cell in every if self.only is None or _matches(cell, self.only)]
-        if every and not chosen:
-            names = ", ".join(dict.fromkeys(cell.name for cell in every))
-            raise ConfigError(f"--only {self.only}: chooses none of {names}")
-        return chosen
+        for glob in self.only:
+            if every and not any(_matches(cell, glob) for cell in every):
+                names = ", ".join(dict.fromkeys(cell.name for cell in every))
+                raise ConfigError(f"--only {glob}: chooses none of {names}")
+        return [cell for cell in every if not self.only or any(_matches(cell, glob) for glob in self.only)]
 
 
 def _matches(cell: Cell, glob: str) -> bool:
