@@ -27,13 +27,13 @@ ROWS = """
     kernels privacy optimizers exchange secagg secagg.parameters
     kernels.directions kernels.simd secagg.session
     kernels.winograd secagg.messages
-    kernels.layers secagg.client secagg.server
+    kernels.layers kernels.coordinates secagg.client secagg.server
     perturbations runtimes.graph models.guidelines models.lenet models.mlp models.mobilenet models.wideresnet
     runtimes runtimes.activations runtimes.sources runtimes.simplify runtimes.objective runtimes.arrays models
     runtimes.onebyone runtimes.lowrank runtimes.schedule runtimes.strips runtimes.modules bundle export
     export.agreement runtimes.batched runtimes.steps runtimes.convolutions data.picture data.pickles
     runtimes.program runtimes.operators
-    runtimes.sweeps runtimes.tangent runtimes.network
+    runtimes.sweeps runtimes.tangent runtimes.network runtimes.coordinates
     runtimes.layered
     estimator dealing runtimes.torch runtimes.numpy runtimes.onnx runtimes.pruned runtimes.cache
     data.dataset data.augment
@@ -67,7 +67,7 @@ AT_ONCE = {
     | {name for name in MODULES if name.startswith("models")}
     | {"runtimes.arrays", "runtimes.batched", "runtimes.lowrank", "runtimes.objective", "runtimes.onebyone"}
     | {"runtimes.prefix", "runtimes.program", "runtimes.steps", "runtimes.sweeps", "runtimes.tangent"}
-    | {"runtimes.torch", "runtimes.layered"},
+    | {"runtimes.torch", "runtimes.layered", "runtimes.coordinates"},
     "safetensors": {"checkpoint", "runs"},
     "numba": {"kernels.directions", "kernels.simd"},
     "llvmlite": {"kernels.simd"},

@@ -990,3 +990,17 @@ def test_a_job_with_counts_of_its_own():
 def test_the_public_names():
     assert baffle.Layers is Layers
     assert baffle.Deal is Deal
+
+
+def test_where_all_is_exact_a_simulated_run_is_backpropagation():
+    """The law of an exact measurement is the gradient: the same bits, and fewer passes than were allowed."""
+    shared = {"batch_size": 8, "learning_rate": 0.01, "optimizer": "adam"}
+    exact = job(**shared, directions=500, fidelity="law")
+    plain = job(**shared, perturbation="gaussian", fidelity="backprop")
+    records = run(exact)
+    run(plain)
+    sizes = tuple(stop - start for _, start, stop in exact.runtime.layout.layers)
+    assert all(record.plan.estimator.perturbation.counts == sizes for record in records)
+    assert all(record.forward_passes < 500 * len(exact.clients) for record in records)
+    assert exact.server.weights.tobytes() == plain.server.weights.tobytes()
+    assert np.abs(exact.server.weights - exact.runtime.weights()).max() > 0.01

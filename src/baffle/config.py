@@ -41,10 +41,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 4,
     },
     # Of experiments/techniques the best that suits any network and any sum: batches as small, and directions
-    # in one layer at a time.
+    # in one layer at a time, or all of a layer's coordinates where these are cheap (experiments/preset).
     "layered": {
         "perturbation": "layers",
-        "learning_rate": 0.02,
+        "learning_rate": 0.01,
         "schedule": "cosine",
         "ema": 0.999,
         "batch_size": 4,
