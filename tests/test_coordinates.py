@@ -262,7 +262,7 @@ def test_threads_change_nothing():
         layers = all_of(runtime.layout)
         found.append(runtime.losses(runtime.weights(), batch, STREAM, layers, range(layers.directions), 1e-3))
     torch.set_num_threads(1)
-    assert np.abs(found[0] - found[1]).max() < 1e-6
+    assert np.array_equal(found[0], found[1])
 
 
 def test_a_loss_that_several_cannot_share_is_measured_all_the_same():

@@ -9,6 +9,7 @@ takes the time of a hundred forward passes or so instead of 26,730: experiments/
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from torch.func import functional_call
 from baffle.kernels import available
 from baffle.runtimes.batched import counted, quiet
 from baffle.runtimes.objective import Objective, Part, Reduce, mean
-from baffle.runtimes.onebyone import has_hooks
+from baffle.runtimes.onebyone import has_hooks, on_own_threads, share
 from baffle.runtimes.prefix import traced
 
 # Work on each channel alone, by exact type: a subclass may do anything.
@@ -141,20 +142,28 @@ class Coordinates:
         row = np.where(bias, fan_in, numbers % fan_in)
         order = np.lexsort((row, channel))
         most = max(16, _WHOLE // base.mixed.numel())
-        tell = self._telling(objective, weights, reduce)
         known = self._all_changes(base, step) if 4 * len(numbers) >= self.count else None
-        with quiet():
-            for o in np.unique(channel):
+
+        def worker(rest: nn.Module) -> Callable[[int], None]:
+            tell = self._telling(rest, objective, weights, reduce)
+
+            def measure(o: int) -> None:
                 places = order[channel[order] == o]
                 for begin in range(0, len(places), most):
                     some = places[begin : begin + most]
                     if known is None:
-                        change = self._change(base, int(o), row[some], step)
+                        change = self._change(base, o, row[some], step)
                     else:
                         change = torch.from_numpy(known[o, np.append(row[some], fan_in + 1)])
                         change = change.view(*change.shape, 1, 1, 1)
-                    losses = tell(self._mixed(base, int(o), change, weights)).cpu().numpy()
+                    losses = tell(self._mixed(base, o, change, weights)).cpu().numpy()
                     out[some] = losses[:-1] - losses[-1]
+
+            return measure
+
+        tasks = np.unique(channel).tolist()
+        with quiet():
+            share(tasks, [worker(rest) for rest in self._rests(objective, len(tasks))])
         return out
 
     def multiplications(self, objective: Objective, weights: Sequence[Tensor]) -> float:
@@ -169,7 +178,7 @@ class Coordinates:
             products = columns * (base.mixed[:, :1].numel() if images else batch)
         # Added to the channel's sums, through each step of the chain, and the change taken; likewise behind.
         elements = before * (2 + len(self.chain)) + behind + base.mixed.numel() * (1 + len(self.tail))
-        tell = self._telling(objective, weights, mean)
+        tell = self._telling(self.rest, objective, weights, mean)
         rest = counted(lambda: tell(base.end[None])).multiplications
         return _MULTIPLICATION * (products + rest) + _ELEMENT * elements
 
@@ -285,14 +294,21 @@ class Coordinates:
         )
         return torch.from_numpy(out)
 
+    def _rests(self, objective: Objective, tasks: int) -> list[nn.Module]:
+        """The rest, and a copy for each further thread: a functional call swaps a module's tensors."""
+        tensors = {id(t): t for t in (*self.rest.parameters(), *self.rest.buffers())}
+        alone = objective.inputs[0].device.type != "cpu" or not on_own_threads()
+        threads = 1 if alone else min(torch.get_num_threads(), tasks)
+        return [self.rest, *(copy.deepcopy(self.rest, dict(tensors)) for _ in range(threads - 1))]
+
     def _telling(
-        self, objective: Objective, weights: Sequence[Tensor], reduce: Reduce
+        self, rest: nn.Module, objective: Objective, weights: Sequence[Tensor], reduce: Reduce
     ) -> Callable[[Tensor], Tensor]:
-        trainable, frozen, buffers = _named(self.part, self.rest)
+        trainable, frozen, buffers = _named(self.part, rest)
         tensors = frozen | buffers | {name: weights[place] for name, place in trainable.items()}
 
         def losses(x: Tensor) -> Tensor:
-            outputs = functional_call(self.rest, tensors, (x,), tie_weights=False)
+            outputs = functional_call(rest, tensors, (x,), tie_weights=False)
             return reduce(objective.checked(outputs))
 
         each = torch.func.vmap(losses)
