@@ -302,6 +302,17 @@ def test_a_way_that_is_wrong_is_not_taken(monkeypatch):
     assert np.abs(found - expected).max() < 1e-5
 
 
+def test_an_input_that_is_too_large_goes_the_other_way():
+    """A 5×5 convolution meets each element 25 times."""
+    batch = pictures(4, 3, 32)
+    module = build("lenet", 3, 3, 0, channels=(8, 16))
+    size = 4 * 3 * 32 * 32 * 4 * 25  # of the first layer; the second has two thirds of it
+    for budget, cheap in ((size, True), (size - 1, False)):
+        costs = TorchRuntime(module, memory_budget=budget).layer_costs(batch)
+        assert (costs[0].coordinate < costs[0].direction) is cheap
+        assert costs[1].coordinate < costs[1].direction
+
+
 def test_hooks_and_half_precision_go_the_other_way():
     hooked = made(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)))
     hooked[2].register_forward_hook(lambda *_: None)

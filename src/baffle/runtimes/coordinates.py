@@ -4,13 +4,14 @@ A weight of a linear or convolution layer changes one channel of what the layer 
 one input that is there already: no product with W is computed again. The change goes through what works on
 each channel alone (activations, pooling) to the next linear or convolution layer, of which one input
 channel is multiplied again, and from there on through everything. So a gradient of LeNet's 26,730 entries
-takes the time of a hundred forward passes or so instead of 26,730: experiments/preset.
+takes the time of a few hundred forward passes instead of 26,730: docs/performance.md.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,19 +31,8 @@ from baffle.runtimes.prefix import traced
 
 # Work on each channel alone, by exact type: a subclass may do anything.
 _ACTIVATIONS = (
-    *(
-        nn.ReLU,
-        nn.ReLU6,
-        nn.Hardswish,
-        nn.Hardsigmoid,
-        nn.Hardtanh,
-        nn.SiLU,
-        nn.GELU,
-        nn.SELU,
-        nn.ELU,
-        nn.CELU,
-    ),
-    *(nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Mish, nn.Identity, nn.Dropout),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Identity, nn.Dropout),
 )
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 # What is counted is set by the clock, so that LeNet's coordinates are said to cost about what they take
@@ -52,8 +42,6 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 _ELEMENT, _MULTIPLICATION = 16, 2
 # Elements at once, of the changed channel and of all that the next layer returns: more leave the caches.
 _CHANNEL, _WHOLE = 1 << 17, 1 << 19
-
-Names = Callable[[nn.Module], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -83,9 +71,10 @@ class Coordinates:
     tail: tuple[nn.Module, ...]
     rest: fx.GraphModule
     places: tuple[int, ...]  # the layer's tensors in the layout: its weight and, where it has one, its bias
+    budget: int  # bytes that the layer's input may take, each element as often as weights meet it
 
     @classmethod
-    def of(cls, part: Part, own: set[int]) -> Coordinates | None:
+    def of(cls, part: Part, own: set[int], budget: int) -> Coordinates | None:
         """For the layer of the tensors ``own``, the first of ``part``; None where it has no such shape."""
         if has_hooks(part.module) or any(dtype != part.wide for dtype in part.dtypes):
             return None
@@ -106,7 +95,7 @@ class Coordinates:
             return None  # a tensor of it is frozen, or it is of use elsewhere too
         chain, mixer, at = _chain(module, at)
         tail, at = _tail(module, at) if mixer is not None else ((), at)
-        return cls(part, layer, chain, mixer, tail, _from(module, graph, at), places)
+        return cls(part, layer, chain, mixer, tail, _from(module, graph, at), places, budget)
 
     @property
     def count(self) -> int:
@@ -114,10 +103,15 @@ class Coordinates:
         return sum(offsets[place + 1] - offsets[place] for place in self.places)
 
     def suits(self, objective: Objective) -> bool:
-        """Whether the layer gets what its kind gets: images, or a vector a sample."""
+        """Whether the layer gets images, or a vector a sample, as its kind does, and not too many."""
         (inputs,) = objective.inputs
         product = self.part.module.get_submodule(self.layer)
-        return isinstance(inputs, Tensor) and inputs.dim() == (2 if isinstance(product, nn.Linear) else 4)
+        if not isinstance(inputs, Tensor) or inputs.dim() != (4 if isinstance(product, nn.Conv2d) else 2):
+            return False
+        again = 1.0
+        if isinstance(product, nn.Conv2d):
+            again = math.prod(product.kernel_size) / math.prod(product.stride)
+        return inputs.numel() * inputs.element_size() * again <= self.budget
 
     def differences(
         self,

@@ -109,7 +109,7 @@ class Layered:
         moving = {id(tensors[name]) for name, place in part.trainable.items() if place in own}
         cut = split_before(part.module, moving)
         if cut is None:
-            return _Layer(None, {}, {}, {}, part, self._whole, Coordinates.of(part, own))
+            return _Layer(None, {}, {}, {}, part, self._whole, Coordinates.of(part, own, memory_budget))
         trainable = {whole[name]: place for name, place in part.trainable.items()}
         frozen = {whole[name]: tensor for name, tensor in part.frozen.items()}
         buffers = {whole[name]: tensor for name, tensor in part.buffers.items()}
@@ -123,7 +123,10 @@ class Layered:
             )
 
         behind = Part(cut.after, layout, part.dtypes, part.wide, *inside(cut.after))
-        sweeps, coordinates = Sweeps(behind, device, memory_budget), Coordinates.of(behind, own)
+        sweeps, coordinates = (
+            Sweeps(behind, device, memory_budget),
+            Coordinates.of(behind, own, memory_budget),
+        )
         return _Layer(cut.before, *inside(cut.before), behind, sweeps, coordinates)
 
     def losses(
