@@ -390,3 +390,24 @@ def test_parameters_are_those_that_clients_accept_and_a_dash_where_none_serve():
     lines = secagg.parameter_table(clients=(10, 1000))
     assert ("1,000", "5%", "18, 18, 13, 109, confirm", "78, 52, 24, 297, confirm", "–") in lines
     assert lines[1] == ("10", "5%", "9, 9, 0, 9", "9, 8, 0, 8", "9, 6, 0, 4")
+
+
+def test_the_clock_of_coordinates():
+    """One small case: what is counted is less than a pass for each, and the estimate is the gradient."""
+    import coordinates
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    row = coordinates.measured(1, 16, 2, turns=1)
+    torch.set_num_threads(before)
+    assert row["directions"] == 26730
+    assert 10 < row["counted"] < 1000
+    assert row["error"] < 0.05
+    assert row["by_the_clock"]["median"] < row["directions"]
+    (line, *_) = report.coordinates(
+        {
+            "rows": [row],
+            "printed_on": json.loads((report.RESULTS / "low-rank.json").read_text())["printed_on"],
+        }
+    )[2:]
+    assert line.startswith("| 1×16×16, batch 2 | 26,730 |")
