@@ -21,6 +21,7 @@ from baffle.perturbations import Layers, Layout
 from baffle.runtimes import LayerCost
 
 _SMOOTH = 0.9  # decay of what earlier rounds said of a layer
+_TRIED = 5  # layers that are looked at closely, at each step of the choice of those that are measured exactly
 _MOST = 2.0**200  # of the factor in `_shares`: where all that counts is exact, more are of no use
 
 
@@ -62,18 +63,27 @@ class Deal:
         exact = sizes * [cost.coordinate for cost in self.costs]
         if exact.sum() <= self.passes:
             return self.sizes
+        direction, _ = np.array(self.costs).T
+        apart = np.sqrt(
+            weights * sizes * direction
+        )  # (Σ of these)² / passes: the variance of shares without bounds
         chosen = np.zeros(len(sizes), bool)  # the layers measured exactly
         best, counts = self._left(weights, chosen)
-        while True:
+        while not chosen.all():
+            left = self.passes - exact[chosen].sum() - exact
+            about = np.full(len(sizes), np.inf)
+            may = ~chosen & (left > 0)
+            about[may] = (apart[~chosen].sum() - apart[may]) ** 2 / left[may]
             tries = []
-            for b in np.flatnonzero(~chosen).tolist():
+            for b in np.argsort(about)[: min(_TRIED, may.sum())].tolist():
                 wider = chosen.copy()
                 wider[b] = True
-                tries.append((*self._left(weights, wider), b))
-            variance, wanted, b = min(tries, key=lambda one: one[0], default=(math.inf, counts, -1))
+                tries.append((*self._left(weights, wider), wider))
+            variance, wanted, wider = min(tries, key=lambda one: one[0], default=(math.inf, counts, chosen))
             if not variance < best:
-                return self._whole(weights, counts)
-            best, counts, chosen[b] = variance, wanted, True
+                break
+            best, counts, chosen = variance, wanted, wider
+        return self._whole(weights, counts)
 
     def _whole(self, weights: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[int, ...]:
         """Real counts as whole ones: rounded down, then up where what is left buys the most."""

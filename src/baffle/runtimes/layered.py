@@ -26,13 +26,9 @@ from baffle.runtimes.objective import Directions, Objective, Part, Reduce, mean
 from baffle.runtimes.prefix import split_before
 from baffle.runtimes.sweeps import Sweeps
 
-Names = Callable[
-    [nn.Module], dict[str, str]
-]  # a part of the module → its tensors' names → those in the whole
-
-
+# A part of the module → its tensors' names → those in the whole.
+Names = Callable[[nn.Module], dict[str, str]]
 _Found = TypeVar("_Found")
-
 # How far two ways to the same differences may lie apart: a share of the largest, and of the losses.
 _NEAR, _ROUNDING = 0.01, 1e-5
 
@@ -123,10 +119,8 @@ class Layered:
             )
 
         behind = Part(cut.after, layout, part.dtypes, part.wide, *inside(cut.after))
-        sweeps, coordinates = (
-            Sweeps(behind, device, memory_budget),
-            Coordinates.of(behind, own, memory_budget),
-        )
+        sweeps = Sweeps(behind, device, memory_budget)
+        coordinates = Coordinates.of(behind, own, memory_budget)
         return _Layer(cut.before, *inside(cut.before), behind, sweeps, coordinates)
 
     def losses(
@@ -162,10 +156,8 @@ class Layered:
 
             found = None
             if len(own) == stop - start:
-                entries, step = (
-                    [k - own.start for k in chosen],
-                    scale * float(np.float32(math.sqrt(perturbation.directions))),
-                )
+                entries = [k - own.start for k in chosen]
+                step = scale * float(np.float32(math.sqrt(perturbation.directions)))
                 found = layer.along_coordinates(at, weights, entries, step, reduce)
                 if found is not None and not layer.verified:
                     some = sorted({0, len(chosen) // 2, len(chosen) - 1})
