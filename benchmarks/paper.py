@@ -271,7 +271,7 @@ def reasons() -> list[str]:
     columns = list(experiment.columns)
     titles = [experiment.columns[c].title for c in columns]
     lines = [f"| one change at a time | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
-    largest: dict[str, tuple[float, str]] = {}
+    moved: dict[str, list[tuple[float, str]]] = {column: [] for column in columns}
     for row, line in experiment.rows.items():
         cells = []
         for column in columns:
@@ -283,20 +283,26 @@ def reasons() -> list[str]:
             text = NOT_RUN if here.scale is None else ours(here)
             if row != "before" and found.said != NOT_RUN:
                 text += f": {found.difference:+.2f} ± {found.error:.2f}"
-                if found.said != UNDECIDED and abs(found.difference) > largest.get(column, (0.0, ""))[0]:
-                    largest[column] = (
-                        abs(found.difference),
-                        f"“{line.title.lstrip('… ')}” ({found.difference:+.2f})",
-                    )
+                if found.said != UNDECIDED:
+                    moved[column].append((found.difference, line.title.lstrip("… ")))
             cells.append(text)
         lines.append(f"| {line.title} | {' | '.join(cells)} |")
-    said = [
-        f"What moves {experiment.columns[column].title} most is {largest[column][1]}."
-        if column in largest
-        else f"No change moves {experiment.columns[column].title} beyond chance, of those that were run."
-        for column in columns
-    ]
+    said = [_moved(experiment.columns[column].title, changes) for column, changes in moved.items()]
     return [*lines, "", "± is half of a 95 % interval of the difference. " + " ".join(said)]
+
+
+def _moved(title: str, changes: Sequence[tuple[float, str]]) -> str:
+    """What moves a column beyond chance, up and down, the most first."""
+    if not changes:
+        return f"No change moves {title} beyond chance, of those that were run."
+    ways = []
+    for way, some in (
+        ("up", sorted((c for c in changes if c[0] > 0), reverse=True)),
+        ("down", sorted(c for c in changes if c[0] < 0)),
+    ):
+        if some:
+            ways.append(f"{way} by " + ", ".join(f"“{what}” ({by:+.2f})" for by, what in some))
+    return f"Beyond chance {title} is moved {', and '.join(ways)}."
 
 
 def table_of(name: str) -> list[str]:

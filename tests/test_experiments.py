@@ -360,9 +360,11 @@ def test_the_change_that_moves_most_is_named(world):
     world("why", "before/backprop", "small", (99.0, 99.1, 99.2))
     world("why", "weight-decay/backprop", "small", (94.0, 94.2, 94.1))
     world("why", "raw-pixels/backprop", "small", (98.0, 98.1, 98.2))
+    world("why", "no-clip/backprop", "small", (99.5, 99.6, 99.7))
     text = paper.reasons()
     assert text[-1].endswith(
-        "What moves backprop most is “weight decay 5e-4” (-5.00). "
+        "Beyond chance backprop is moved up by “no clip” (+0.50), and down by “weight decay 5e-4” (-5.00), "
+        "“pixels between 0 and 1” (-1.00). "
         "No change moves K = 100 beyond chance, of those that were run."
     )
     (line,) = (line for line in text if "weight decay 5e-4" in line and "94.10" in line)
