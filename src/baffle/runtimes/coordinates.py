@@ -35,8 +35,8 @@ _ACTIVATIONS = (
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Identity, nn.Dropout),
 )
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-# What is counted is set by the clock, so that LeNet's coordinates are said to cost about what they take
-# (benchmarks/coordinates.py): an element is changed in the time of so many multiplications, since these steps
+# What is counted is set by the clock, so that LeNet's coordinates are said to cost what they take to within a
+# factor of two, where there are kernels (benchmarks/coordinates.py): an element is changed in the time of so many multiplications, since these steps
 # multiply little and read and write much, and a multiplication takes twice as long as one of a forward pass,
 # whose convolutions are Winograd's.
 _ELEMENT, _MULTIPLICATION = 16, 2
