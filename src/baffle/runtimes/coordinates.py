@@ -36,8 +36,8 @@ _ACTIVATIONS = (
 )
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 # What is counted is set by the clock, so that LeNet's coordinates are said to cost what they take, to within
-# a factor of two, where there are kernels (benchmarks/coordinates.py). An element is changed in the time of so
-# many multiplications, since these steps multiply little and read and write much; and a multiplication takes
+# a factor of two, where there are kernels (benchmarks/coordinates.py). An element is changed in the time
+# of so many multiplications, since these steps multiply little and move much memory; a multiplication takes
 # twice as long as one of a forward pass, whose convolutions are Winograd's.
 _ELEMENT, _MULTIPLICATION = 16, 2
 # Elements at once, of the changed channel and of all that the next layer returns: more leave the caches.
