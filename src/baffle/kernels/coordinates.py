@@ -79,7 +79,7 @@ def of_products(
     [begin, end).
 
     All flat: change (r, b, H, W), kernel (c, taps·taps), taps odd, zeros around the image, sums and
-    active = act(sums) (b, c, H, W). ``shape`` is (b, c, H, W), H a multiple of 8 and W of 16.
+    active = act(sums) (b, c, H, W). ``shape`` is (b, c, H, W), c even, H a multiple of 8 and W of 16.
     """
     B, C, H, W = shape
     pad, pixels, wide = taps // 2, H * W, W + taps - 1
@@ -90,34 +90,57 @@ def of_products(
             for i in range(H):
                 for j in range(0, W, LANES):
                     store(padded, (i + pad) * wide + pad + j, load(change, ((r * B + b) * H + i) * W + j))
-            for c in range(C):
-                total = splat(np.float32(0.0))
+            for c in range(0, C, 2):
+                first, second = splat(np.float32(0.0)), splat(np.float32(0.0))
                 for i in range(0, H, 8):
                     for j in range(0, W, LANES):
                         at = ((b * C + c) * H + i) * W + j
-                        # Eight lines that stay in registers, over all taps.
+                        to = at + pixels  # the next channel's
+                        # Eight lines of two channels that stay in registers, over all taps.
                         s0, s1 = load(sums, at), load(sums, at + W)
                         s2, s3 = load(sums, at + 2 * W), load(sums, at + 3 * W)
                         s4, s5 = load(sums, at + 4 * W), load(sums, at + 5 * W)
                         s6, s7 = load(sums, at + 6 * W), load(sums, at + 7 * W)
+                        t0, t1 = load(sums, to), load(sums, to + W)
+                        t2, t3 = load(sums, to + 2 * W), load(sums, to + 3 * W)
+                        t4, t5 = load(sums, to + 4 * W), load(sums, to + 5 * W)
+                        t6, t7 = load(sums, to + 6 * W), load(sums, to + 7 * W)
                         for u in range(taps):
                             for v in range(taps):
-                                w = splat(kernel[(c * taps + u) * taps + v])
-                                x = (i + u) * wide + j + v
-                                s0 = fma(load(padded, x), w, s0)
-                                s1 = fma(load(padded, x + wide), w, s1)
-                                s2 = fma(load(padded, x + 2 * wide), w, s2)
-                                s3 = fma(load(padded, x + 3 * wide), w, s3)
-                                s4 = fma(load(padded, x + 4 * wide), w, s4)
-                                s5 = fma(load(padded, x + 5 * wide), w, s5)
-                                s6 = fma(load(padded, x + 6 * wide), w, s6)
-                                s7 = fma(load(padded, x + 7 * wide), w, s7)
-                        total = add(total, _change(s0, activation, active, at))
-                        total = add(total, _change(s1, activation, active, at + W))
-                        total = add(total, _change(s2, activation, active, at + 2 * W))
-                        total = add(total, _change(s3, activation, active, at + 3 * W))
-                        total = add(total, _change(s4, activation, active, at + 4 * W))
-                        total = add(total, _change(s5, activation, active, at + 5 * W))
-                        total = add(total, _change(s6, activation, active, at + 6 * W))
-                        total = add(total, _change(s7, activation, active, at + 7 * W))
-                out[(r * B + b) * C + c] = _total(total, room) / np.float32(pixels)
+                                one = splat(kernel[(c * taps + u) * taps + v])
+                                two = splat(kernel[((c + 1) * taps + u) * taps + v])
+                                place = (i + u) * wide + j + v
+                                x = load(padded, place)
+                                s0, t0 = fma(x, one, s0), fma(x, two, t0)
+                                x = load(padded, place + wide)
+                                s1, t1 = fma(x, one, s1), fma(x, two, t1)
+                                x = load(padded, place + 2 * wide)
+                                s2, t2 = fma(x, one, s2), fma(x, two, t2)
+                                x = load(padded, place + 3 * wide)
+                                s3, t3 = fma(x, one, s3), fma(x, two, t3)
+                                x = load(padded, place + 4 * wide)
+                                s4, t4 = fma(x, one, s4), fma(x, two, t4)
+                                x = load(padded, place + 5 * wide)
+                                s5, t5 = fma(x, one, s5), fma(x, two, t5)
+                                x = load(padded, place + 6 * wide)
+                                s6, t6 = fma(x, one, s6), fma(x, two, t6)
+                                x = load(padded, place + 7 * wide)
+                                s7, t7 = fma(x, one, s7), fma(x, two, t7)
+                        first = add(first, _change(s0, activation, active, at))
+                        first = add(first, _change(s1, activation, active, at + W))
+                        first = add(first, _change(s2, activation, active, at + 2 * W))
+                        first = add(first, _change(s3, activation, active, at + 3 * W))
+                        first = add(first, _change(s4, activation, active, at + 4 * W))
+                        first = add(first, _change(s5, activation, active, at + 5 * W))
+                        first = add(first, _change(s6, activation, active, at + 6 * W))
+                        first = add(first, _change(s7, activation, active, at + 7 * W))
+                        second = add(second, _change(t0, activation, active, to))
+                        second = add(second, _change(t1, activation, active, to + W))
+                        second = add(second, _change(t2, activation, active, to + 2 * W))
+                        second = add(second, _change(t3, activation, active, to + 3 * W))
+                        second = add(second, _change(t4, activation, active, to + 4 * W))
+                        second = add(second, _change(t5, activation, active, to + 5 * W))
+                        second = add(second, _change(t6, activation, active, to + 6 * W))
+                        second = add(second, _change(t7, activation, active, to + 7 * W))
+                out[(r * B + b) * C + c] = _total(first, room) / np.float32(pixels)
+                out[(r * B + b) * C + c + 1] = _total(second, room) / np.float32(pixels)

@@ -98,7 +98,8 @@ def _drawn(experiment: Experiment, metric: str) -> str:
 def _curve(panel: Any, experiment: Experiment, entry: Entry, color: str) -> None:
     rounds, values = curve_of([row for row in entry.rows if not row.get("failed")], entry.metric)
     line = experiment.rows[entry.row]
-    style = "--" if line.of is not None else "-"
+    # Dots for backpropagation: what lies on it is seen between them.
+    style = ":" if entry.fidelity == "backprop" else "--" if line.of is not None else "-"
     panel.plot(rounds, values.mean(axis=0), style, color=color, label=_label(line.title, entry))
     if len(values) > 1:
         panel.fill_between(rounds, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)

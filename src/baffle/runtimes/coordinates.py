@@ -273,7 +273,13 @@ class Coordinates:
         same = kernel.shape[-2] == taps and taps % 2 == 1 and module.padding == (taps // 2, taps // 2)
         plain = module.stride == (1, 1) and module.dilation == (1, 1)
         batch, channels, high, wide = base.mixed.shape
-        if activation is None or not (same and plain and _fits(change)) or high % 8 or wide % 16:
+        if (
+            activation is None
+            or not (same and plain and _fits(change))
+            or channels % 2
+            or high % 8
+            or wide % 16
+        ):
             return None
         from baffle.kernels.coordinates import of_products
 
