@@ -76,8 +76,7 @@ def passes_to(row: dict[str, Any], target: float) -> float | None:
     epochs, rounds = row["settings"]["epochs"], row["rounds"]
     for _, passes, _, _, average in row["curve"]:
         if average is not None and average >= target:
-            each: float = (
-                epochs * passes / rounds
-            )  # a round goes through a batch, an epoch through each image
+            # A round goes through a batch, an epoch through each image.
+            each: float = epochs * passes / rounds
             return each
     return None

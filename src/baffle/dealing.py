@@ -64,9 +64,8 @@ class Deal:
         if exact.sum() <= self.passes:
             return self.sizes
         direction, _ = np.array(self.costs).T
-        apart = np.sqrt(
-            weights * sizes * direction
-        )  # (Σ of these)² / passes: the variance of shares without bounds
+        # (Σ of these)² / passes is the variance of shares without bounds.
+        apart = np.sqrt(weights * sizes * direction)
         chosen = np.zeros(len(sizes), bool)  # the layers measured exactly
         best, counts = self._left(weights, chosen)
         while not chosen.all():
