@@ -32,7 +32,13 @@ _ABLATIONS = (
     Question("Does backpropagation stay ahead of the largest K?", "backprop", "k3"),
 )
 QUESTIONS: dict[str, tuple[Question, ...]] = {
-    "table1": _ABLATIONS,
+    "table1": (
+        *_ABLATIONS,
+        Question(
+            "Is the smallest K better with the authors' stretched MNIST and weight decay?", "k1", "k1-plain"
+        ),
+        Question("Is backpropagation better without them?", "backprop-plain", "backprop"),
+    ),
     "table2": _ABLATIONS,
     "figure2": (
         Question("Do more directions help (5000 beside 100)?", "k5000", "k100"),

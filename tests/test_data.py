@@ -10,6 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -158,6 +159,17 @@ def test_mnist_has_its_known_counts_and_statistics(shared_data):
     padded = load("mnist", shared_data / "MNIST")[1]
     assert padded.shape == (1, 32, 32)
     np.testing.assert_array_equal(padded.inputs[:, :, 2:30, 2:30], test.inputs)
+    stretched = load("mnist", shared_data / "MNIST", stretch=True)[1]
+    assert stretched.shape == (1, 32, 32)
+    chosen = slice(0, 64)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(test.inputs[chosen].astype(np.float32)), size=(32, 32), mode="bilinear"
+    )
+    np.testing.assert_allclose(
+        stretched.inputs[chosen], expected.numpy(), atol=0.501
+    )  # rounded to grey levels
+    assert stretched.inputs.mean() == pytest.approx(test.inputs.mean(), rel=0.01)
+    assert padded.inputs.mean() == pytest.approx(test.inputs.mean() * (28 / 32) ** 2, rel=1e-6)
 
 
 def idx(array):

@@ -1,5 +1,7 @@
 """The settings that the paper's experiments need, each against a naive computation of its own."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from baffle.runs import RunFolder
 from baffle.runtimes import Batch
 from baffle.runtimes.torch import TorchRuntime, evaluate
 from baffle.server import Server
+from baffle.simulation import simulate
 from baffle.stream import Stream, derive_seed, seed_from
 
 SEED = seed_from(7)
@@ -111,6 +114,25 @@ def test_raw_pixels_lie_between_0_and_1():
         np.testing.assert_array_equal(inputs, part.inputs[:50].astype(np.float32) * part.scale[0])
         assert inputs.min() == 0
         assert 0 < inputs.max() <= 1
+
+
+def test_images_are_stretched_where_a_set_pads_and_refused_elsewhere(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    images = np.arange(40 * 28 * 28, dtype=np.uint8).reshape(40, 28, 28) % 200 + 50
+    for half in ("train", "t10k"):
+        sizes = struct.pack(">3I", *images.shape)
+        (folder / f"{half}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + images.tobytes())
+        labels = bytes([0, 0, 8, 1]) + struct.pack(">I", 40) + bytes(i % 10 for i in range(40))
+        (folder / f"{half}-labels-idx1-ubyte").write_bytes(labels)
+    settings = {"data": "mnist", "data_folder": str(tmp_path)}
+    padded, _ = job.load_data(TrainConfig.resolve(settings))
+    for part in job.load_data(TrainConfig.resolve({**settings, "stretch": True})):
+        assert part.shape == padded.shape == (1, 32, 32)
+        assert part.inputs.min() >= 50, "no black margin"
+    assert padded.inputs.min() == 0
+    with pytest.raises(ConfigError, match="digits: got an unexpected keyword argument 'stretch'"):
+        job.load_data(TrainConfig.resolve({"stretch": True}))
 
 
 def test_fewer_images_are_the_same_for_every_seed():
@@ -233,10 +255,34 @@ def test_weight_decay_is_added_to_the_gradient(tmp_path):
     np.testing.assert_allclose(folder.load_weights("final"), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_weight_decay_with_local_epochs_is_that_of_each_clients_own_optimizer(optimizer):
+    settings = {"fidelity": "backprop", "weight_decay": 0.05, "model": "mlp", "local_epochs": 2, "clip": 0.0}
+    made = built(**settings, local_optimizer=optimizer, local_learning_rate=0.01, clients=2, rounds=1)
+    before = made.server.weights.copy()
+    want = np.zeros_like(before, np.float64)
+    for client in made.clients:
+        theirs = torch.from_numpy(before.copy()).requires_grad_()
+        oracle = (
+            torch.optim.Adam([theirs], lr=0.01, betas=(0.9, 0.99), weight_decay=0.05)
+            if optimizer == "adam"
+            else torch.optim.SGD([theirs], lr=0.01, weight_decay=0.05)
+        )
+        for indices in client._local_batches(0, 2, made.config.batch_size):
+            gradient, _ = made.runtime.gradient(theirs.detach().numpy(), client.samples.batch(indices))
+            theirs.grad = torch.from_numpy(gradient.copy())
+            oracle.step()
+        want += len(client.samples) / sum(len(one.samples) for one in made.clients) * theirs.detach().numpy()
+    for _ in simulate(made.server, made.clients, rounds=1):
+        pass
+    moved = made.server.weights - before
+    np.testing.assert_allclose(moved, want - before, rtol=1e-3, atol=2e-5)
+    assert np.linalg.norm(moved) > 0.1
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"weight_decay": 0.1, "local_epochs": 1}, "weight-decay = 0.1"),
         ({"weight_decay": 0.1, "downlink": "scalars"}, "weight-decay = 0.1"),
         ({"weight_decay": 0.1, "optimizer": "radazo"}, "weight-decay = 0.1"),
         ({"weight_decay": 1.0}, r"weight-decay = 1.0: it lies in \[0, 1\)"),

@@ -50,6 +50,7 @@ local = st.builds(
     positive,
     st.sampled_from(["sgd", "adam"]),
     st.floats(0, allow_nan=False, allow_infinity=False),
+    st.just(0.0) | st.floats(0, 1, exclude_max=True),
 )
 
 
@@ -276,6 +277,19 @@ def test_the_offsets_are_right():
     assert RoundPlan.decode(with_field(PLAN, EPOCHS_AT + 11, "d", 0.5)).local.clip == 0.5
 
 
+def test_a_weight_decay_lies_behind_the_others_or_is_not_there():
+    local = dataclasses.replace(PLAN.local, weight_decay=0.25)
+    raw = dataclasses.replace(PLAN, local=local).encode()
+    assert raw == PLAN.encode() + struct.pack("<d", 0.25)
+    assert RoundPlan.decode(raw).local == local
+    for bad in (0.0, -0.0, -0.25, 1.0, math.nan, math.inf):  # none is 8 bytes less
+        with pytest.raises(MessageError):
+            RoundPlan.decode(PLAN.encode() + struct.pack("<d", bad))
+    for length in (1, 7, 9, 16):
+        with pytest.raises(MessageError):
+            RoundPlan.decode(PLAN.encode() + (struct.pack("<d", 0.25) * 2)[:length])
+
+
 @pytest.mark.parametrize(("at", "form", "value"), BAD_FIELDS)
 def test_plans_with_a_field_that_cannot_be(at, form, value):
     with pytest.raises(MessageError):
@@ -416,6 +430,7 @@ def test_plans_that_cannot_be(change):
         *({"learning_rate": bad} for bad in (0.0, -1.0, math.nan, math.inf)),
         {"optimizer": "lbfgs"},
         *({"clip": bad} for bad in (-1.0, math.nan, math.inf)),
+        *({"weight_decay": bad} for bad in (-1.0, 1.0, math.nan, math.inf)),
     ],
 )
 def test_local_training_that_cannot_be(change):
@@ -460,6 +475,7 @@ def test_plan_digest_names_every_field():
         {"local": LocalTraining(learning_rate=0.1)},
         {"local": LocalTraining(optimizer="sgd")},
         {"local": LocalTraining(clip=1.0)},
+        {"local": LocalTraining(weight_decay=0.5)},
     ]
     digests = [dataclasses.replace(PLAN, **change).digest for change in changes]
     assert len(set(digests)) == len(changes)

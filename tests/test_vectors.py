@@ -198,6 +198,7 @@ def plan_fields(plan):
     fields += [plan.fidelity, plan.batch_size, plan.weights_digest.hex()]
     if local is not None:
         fields += [local.epochs, double(local.learning_rate), local.optimizer, double(local.clip)]
+        fields += [double(local.weight_decay)] if local.weight_decay else []
     if steps is not None:
         fields += [steps.count, double(steps.learning_rate)]
     return " ".join(map(str, fields))
@@ -414,6 +415,7 @@ def random_plan(rng):
         float(rng.exponential()) + math.ulp(0.0),
         ["sgd", "adam"][rng.integers(2)],
         float(rng.choice([0.0, rng.exponential()])),
+        float(rng.choice([0.0, rng.uniform()])),
     )
     return RoundPlan(
         int(rng.integers(1 << 64, dtype=np.uint64)),
@@ -471,6 +473,7 @@ def test_c_and_python_refuse_the_same_plans(reference):
         candidates.append(walking[:-8] + struct.pack("<d", bad))
     trained = replace(plain, estimator=estimator, local=LocalTraining()).encode()
     candidates += [trained + walking[-10:], walking[:-1], walking + bytes(1)]
+    candidates += [trained + struct.pack("<d", bad) for bad in (0.0, -0.0, -0.5, 1.0, math.nan)]
     candidates += [spelled(spec, K) for spec, K in SPELLINGS if spec not in ALLOWED]
     allowed = [spelled(spec, K) for spec, K in SPELLINGS if spec in ALLOWED]
     assert [RoundPlan.decode(data).encode() == data for data in allowed] == [True] * len(ALLOWED)
@@ -485,5 +488,5 @@ def test_c_and_python_refuse_the_same_plans(reference):
             refused.append(False)
     answers = reference(*[f"plan {data.hex() or '-'}" for data in candidates])
     assert [answer == "refused" for answer in answers] == refused
-    assert refused[-16 - len(SPELLINGS) + len(ALLOWED) :] == [True] * (16 + len(SPELLINGS) - len(ALLOWED))
+    assert refused[-21 - len(SPELLINGS) + len(ALLOWED) :] == [True] * (21 + len(SPELLINGS) - len(ALLOWED))
     assert 60 < sum(refused) < 300  # both kinds are there

@@ -289,7 +289,10 @@ class Client:
                     drawn, layout = derive_seed(seed, "law", number), self.runtime.layout
                     gradient = plan.estimator.simulated(gradient, stream, layout, drawn)
                     passes += plan.estimator.simulated_passes(self.runtime, batch)
-            step(weights, clip_inf_norm(gradient, local.clip))
+            gradient = clip_inf_norm(gradient, local.clip)
+            if local.weight_decay:
+                gradient = gradient + np.float32(local.weight_decay) * weights
+            step(weights, gradient)
             losses.append(loss)
         self.observed = Observation(float(np.mean(losses)), passes)
         return weights - start

@@ -65,6 +65,7 @@ class TrainConfig:
     )
     data_folder: str | None = _setting(None, "folder that holds the data set's files")
     image_size: int | None = _setting(None, "image side in pixels (default: the set's own)")
+    stretch: bool = _setting(False, "images of mnist, fashion-mnist stretched to image-size, not padded")
     raw_pixels: bool = _setting(False, "pixels between 0 and 1, not normalised by the set's mean and spread")
     augment: str = _setting(
         "none",
@@ -205,7 +206,9 @@ class TrainConfig:
         False, "let the decay rise from (1 + t)/(10 + t), t steps, as the authors' code does, from the start"
     )
     weight_decay: float = _setting(
-        0.0, "L2 penalty that the server's rule adds to the gradient (the authors' code: 5e-4)"
+        0.0,
+        "what an optimizer adds to the gradient, times the weights: the server's, with local epochs each "
+        "client's (the authors' code: 5e-4)",
     )
     clip: float = _setting(
         0.0, "largest inf-norm of a gradient estimate (the authors' code: 0.3); 0 for none"
@@ -258,8 +261,8 @@ class TrainConfig:
                 )
         if not 0 <= self.weight_decay < 1:
             self._refuse("weight_decay", "it lies in [0, 1)")
-        if self.weight_decay and (self.local_epochs or self.optimizer in ("radazo", "average")):
-            self._refuse("weight_decay", "it is for the server's rules adam, sgd and momentum")
+        if self.weight_decay and not self.local_epochs and self.optimizer in ("radazo", "average"):
+            self._refuse("weight_decay", "it is for the rules adam, sgd and momentum")
         if self.mixed_precision and self.fidelity == "forward-only":
             self._refuse("mixed_precision", "it is for gradients: choose fidelity law or backprop")
         if self.bundle is not None and (self.activation is not None or self.norm is not None):

@@ -114,6 +114,7 @@ def build(config: TrainConfig, *, devices: bool = False) -> Job:
             config.local_learning_rate,
             "adam" if config.local_optimizer == "adam" else "sgd",
             config.clip,
+            config.weight_decay,
         )
     steps = LocalSteps(config.local_steps, config.local_learning_rate) if config.local_steps > 1 else None
     server = Server(
@@ -288,6 +289,8 @@ def load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset]:
     if size is None and bundle is not None and not config.data.startswith("cifar"):  # which has its own
         size = bundle.input_shape[-1]
     options: dict[str, object] = {} if size is None else {"size": size}
+    if config.stretch:
+        options["stretch"] = True  # a set that knows no padding refuses it
     folder = None if config.data_folder is None else Path(config.data_folder)
     train, test = data.load(config.data, folder, **options)
     if bundle is not None and len(bundle.scale) == train.shape[0]:
@@ -408,12 +411,13 @@ def rounds_of(config: TrainConfig, samples: int, clients: int) -> int:
 def _optimizer(config: TrainConfig) -> OptimizerFactory:
     name = config.optimizer or ("average" if config.local_epochs else "adam")
     lr, betas = config.learning_rate, (config.beta1, config.beta2)
+    decay = 0.0 if config.local_epochs else config.weight_decay  # there the clients' steps have it
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         if config.downlink == "scalars":  # clients replay it
             return Portable(parameters, name, lr=lr, betas=betas)  # type: ignore[arg-type]  # by TrainConfig
         if name == "adam":
-            return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=config.weight_decay)
+            return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay)
         if name == "radazo":
             return RAdaZO(parameters, lr=lr, betas=betas)
         if name == "average" and config.local_steps > 1:
@@ -421,7 +425,7 @@ def _optimizer(config: TrainConfig) -> OptimizerFactory:
         if name == "average":
             return averaging(parameters)
         momentum = config.beta1 if name == "momentum" else 0.0
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=config.weight_decay)
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
 
     return make
 

@@ -49,13 +49,14 @@ class LocalTraining:
     """Epoch-level communication (FedAvg): what a client does between two uploads.
 
     ``epochs`` passes over its own data with its own estimates and a fresh optimizer; every estimate is
-    scaled down to inf-norm ``clip`` if that is positive.
+    scaled down to inf-norm ``clip`` if that is positive; then ``weight_decay`` times the weights is added.
     """
 
     epochs: int = 1
     learning_rate: float = 0.01
     optimizer: LocalOptimizer = "adam"
     clip: float = 0.0
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.epochs < 1 << 16:
@@ -66,7 +67,10 @@ class LocalTraining:
             raise ConfigError(f"unknown local optimizer {self.optimizer!r}: use sgd or adam")
         if not (math.isfinite(self.clip) and self.clip >= 0):
             raise ConfigError(f"clip {self.clip}: a positive number, or 0 for none")
-        object.__setattr__(self, "clip", self.clip + 0.0)  # −0 is 0, and has no byte form of its own
+        if not 0 <= self.weight_decay < 1:
+            raise ConfigError(f"weight decay {self.weight_decay}: it lies in [0, 1)")
+        for name in ("clip", "weight_decay"):  # −0 is 0, and has no byte form of its own
+            object.__setattr__(self, name, getattr(self, name) + 0.0)
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class RoundPlan:
                     local.clip,
                 ),
                 # Behind everything else and not always there: a plan without them keeps its bytes.
+                struct.pack("<d", local.weight_decay) if local is not None and local.weight_decay else b"",
                 b"" if steps is None else struct.pack("<Hd", steps.count, steps.learning_rate),
             )
         )
@@ -213,8 +218,9 @@ class RoundPlan:
             local, steps, epochs = None, None, r.integer("H")
             if epochs:
                 rate, optimizer, clip = r.real(), r.integer("B"), r.real()
+                decay = r.real() if r.at < len(data) else 0.0
                 local = LocalTraining(
-                    epochs, rate, choice(LOCAL_OPTIMIZERS, optimizer, "local optimizer"), clip
+                    epochs, rate, choice(LOCAL_OPTIMIZERS, optimizer, "local optimizer"), clip, decay
                 )
             elif r.at < len(data):
                 steps = LocalSteps(r.integer("H"), r.real())

@@ -289,6 +289,7 @@ def _plans() -> list[RoundPlan]:
         RoundPlan(42, _SEED, SteinEstimator(5000), digest, fidelity="law"),
         RoundPlan(43, _SEED, SteinEstimator(500), digest, steps=LocalSteps(5, 0.1)),
         RoundPlan(44, _SEED, SteinEstimator(14, perturbation=_LAYERED[0]), digest, fidelity="law"),
+        RoundPlan(45, _SEED, SteinEstimator(100), digest, 32, local=LocalTraining(weight_decay=5e-4)),
     ]
 
 
@@ -348,6 +349,11 @@ def _steps(plan: RoundPlan) -> dict[str, Any]:
     return {"steps": {"count": plan.steps.count, "learning_rate": rate}}
 
 
+def _decay(local: LocalTraining) -> dict[str, Any]:
+    """Where a plan has a weight decay alone, for the same reason."""
+    return {"weight_decay": hex_row(np.array([local.weight_decay]))} if local.weight_decay else {}
+
+
 def _messages() -> dict[str, Any]:
     plans = _plans()
     single, double = np.array(_FLOATS, np.float32), np.array(_SLOPES)
@@ -369,6 +375,7 @@ def _messages() -> dict[str, Any]:
                     "learning_rate": hex_row(np.array([plan.local.learning_rate])),
                     "optimizer": plan.local.optimizer,
                     "clip": hex_row(np.array([plan.local.clip])),
+                    **_decay(plan.local),
                 },
                 **_steps(plan),
                 "digest": plan.digest.hex(),

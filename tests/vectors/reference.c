@@ -265,7 +265,7 @@ static float value(const perturbation *p, const stream *s, uint32_t k, const lay
 /* ---- messages ---------------------------------------------------------------------------------- */
 
 typedef struct {
-    uint64_t round, sigma, rate, clip; /* three float64, as bits */
+    uint64_t round, sigma, rate, clip, decay; /* four float64, as bits */
     uint32_t directions, batch_size;
     uint8_t seed[32], digest[32];
     uint8_t scheme, fidelity, optimizer;
@@ -317,6 +317,7 @@ static size_t encode_plan(const plan *p, uint8_t *out) {
         put(at, p->rate, 8), at += 8;
         *at++ = p->optimizer;
         put(at, p->clip, 8), at += 8;
+        if (p->decay) put(at, p->decay, 8), at += 8;
     } else if (p->steps) {
         put(at, p->steps, 2), at += 2;
         put(at, p->rate, 8), at += 8;
@@ -349,7 +350,7 @@ static int decode_plan(bytes b, plan *p) { /* 1: a plan; 0: refused */
         p->steps = (uint16_t)get(at + 39, 2);
         p->rate = get(at + 41, 8);
         if (p->steps < 2 || p->directions % p->steps || !positive(p->rate) || p->fidelity) return 0;
-    } else if (b.size != size + (p->epochs ? 17 : 0)) {
+    } else if (b.size != size + (p->epochs ? 17 : 0) && !(p->epochs && b.size == size + 25)) {
         return 0;
     }
     if (p->epochs) {
@@ -358,6 +359,10 @@ static int decode_plan(bytes b, plan *p) { /* 1: a plan; 0: refused */
         p->clip = get(at + 48, 8);
         if (!positive(p->rate) || p->optimizer > 1) return 0;
         if (!positive(p->clip) && p->clip != 0) return 0; /* zero has one form: not −0 */
+        if (b.size == size + 25) { /* no decay has no bytes */
+            p->decay = get(at + 56, 8);
+            if (!positive(p->decay) || double_from(p->decay) >= 1) return 0;
+        }
     }
     return p->directions > 0 && positive(p->sigma) && p->scheme < 3 && p->fidelity < 3 &&
            (kind.kind != 'b' || (kind.directions == p->directions && !p->steps));
@@ -522,6 +527,7 @@ static void answer(char **w) {
         if (q.epochs)
             printf(" %u %016" PRIx64 " %s %016" PRIx64, (unsigned)q.epochs, q.rate,
                    optimizers[q.optimizer], q.clip);
+        if (q.decay) printf(" %016" PRIx64, q.decay);
         if (q.steps) printf(" %u %016" PRIx64, (unsigned)q.steps, q.rate);
         printf(" ");
         print_hex(again, encode_plan(&q, again));

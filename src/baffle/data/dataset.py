@@ -101,7 +101,7 @@ class Dataset:
         )
 
     def padded(self, size: int) -> Dataset:
-        """Images centred on a ``size`` × ``size`` black ground, as the paper pads MNIST to 32×32.
+        """Images centred on a ``size`` × ``size`` black ground, 28×28 to 32×32 for example.
 
         Raises ConfigError where ``size`` is smaller than the images.
         """

@@ -95,28 +95,30 @@ def digits(size: int = 8) -> Pair:
     return whole.subset(np.flatnonzero(~is_test)), whole.subset(np.flatnonzero(is_test))
 
 
-def mnist(folder: Folder, size: int = 32) -> Pair:
-    """MNIST, 60,000 and 10,000 digits of 28×28, padded to ``size`` with black (the paper's 32).
+def mnist(folder: Folder, size: int = 32, stretch: bool = False) -> Pair:
+    """MNIST, 60,000 and 10,000 digits of 28×28, brought to ``size``: padded with black, or stretched.
 
     Reads the four idx files, raw or .gz, in ``folder``/MNIST/raw, ``folder``/raw or ``folder``.
 
     Source: LeCun, Bottou, Bengio and Haffner, Proc. IEEE 86(11), 1998.
     """
-    return _idx_set("MNIST", folder, size, _TEN_DIGITS, mean=0.1307, std=0.3081)
+    return _idx_set("MNIST", folder, size, stretch, _TEN_DIGITS, mean=0.1307, std=0.3081)
 
 
-def fashion_mnist(folder: Folder, size: int = 32) -> Pair:
-    """Fashion-MNIST, 60,000 and 10,000 images of 28×28, padded to ``size`` with black.
+def fashion_mnist(folder: Folder, size: int = 32, stretch: bool = False) -> Pair:
+    """Fashion-MNIST, 60,000 and 10,000 images of 28×28, brought to ``size`` as `mnist` brings them.
 
     Reads the four idx files, raw or .gz, in ``folder``/FashionMNIST/raw, ``folder``/raw or
     ``folder``.
 
     Source: Xiao, Rasul and Vollgraf, arXiv:1708.07747.
     """
-    return _idx_set("FashionMNIST", folder, size, _CLOTHES, mean=0.2860, std=0.3530)
+    return _idx_set("FashionMNIST", folder, size, stretch, _CLOTHES, mean=0.2860, std=0.3530)
 
 
-def _idx_set(name: str, folder: Folder, size: int, classes: tuple[str, ...], mean: float, std: float) -> Pair:
+def _idx_set(
+    name: str, folder: Folder, size: int, stretch: bool, classes: tuple[str, ...], mean: float, std: float
+) -> Pair:
     places = (f"{name}/raw", "raw", "")
     scale_shift = normalisation([mean], [std])
     halves = []
@@ -140,7 +142,7 @@ def _idx_set(name: str, folder: Folder, size: int, classes: tuple[str, ...], mea
             )
         targets = labels.astype(np.int64)
         dataset = Dataset(images[:, None], targets, classes, f"{name} {half}", *scale_shift)
-        halves.append(dataset.padded(size))
+        halves.append(dataset.resized(size) if stretch else dataset.padded(size))
     return halves[0], halves[1]
 
 
