@@ -94,18 +94,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win")
     data.add_argument("--plot", type=Path, metavar="PNG", help="write a picture of the partition here")
     add_settings(
-        data,
-        {
-            "data",
-            "data_folder",
-            "image_size",
-            "stretch",
-            "train_samples",
-            "clients",
-            "partition",
-            "alpha",
-            "seed",
-        },
+        data, {"data", "data_folder", "image_size", "train_samples", "clients", "partition", "alpha", "seed"}
     )
 
     _module(commands, export)
