@@ -290,7 +290,7 @@ def load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset]:
         size = bundle.input_shape[-1]
     options: dict[str, object] = {} if size is None else {"size": size}
     if config.stretch:
-        options["stretch"] = True  # a set that knows no padding refuses it
+        options["stretch"] = True
     folder = None if config.data_folder is None else Path(config.data_folder)
     train, test = data.load(config.data, folder, **options)
     if bundle is not None and len(bundle.scale) == train.shape[0]:
