@@ -54,6 +54,7 @@ def draw(experiment: Experiment, target: Path, scale: str | None = None) -> bool
             for entry in here:
                 _curve(panel, experiment, entry, colors[entry.row])
             panel.set_xlabel("rounds")
+            panel.xaxis.get_major_locator().set_params(integer=True)
         scales = ", ".join(dict.fromkeys(str(entry.scale) for entry in here))
         panel.set_title(f"{experiment.columns[column].title} ({scales})", fontsize="medium")
         metrics = dict.fromkeys(_drawn(experiment, entry.metric) for entry in here)
