@@ -244,7 +244,7 @@ class TrainConfig:
         if self.image_size is not None and self.image_size > _MOST_PIXELS:
             self._refuse("image_size", f"it is at most {_MOST_PIXELS}")
         if self.stretch and self.data not in ("mnist", "fashion-mnist"):
-            self._refuse("stretch", f"it is for mnist and fashion-mnist, which are padded, not for {self.data}")
+            self._refuse("stretch", f"it is for mnist and fashion-mnist, which are padded, not {self.data}")
         shares = ("sparsity", "dropout", "warmup", "max_colluding", "max_dropout", "delta")
         for name in ("ema", "beta1", "beta2", *shares):
             if not 0 <= getattr(self, name) < 1:
