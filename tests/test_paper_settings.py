@@ -280,6 +280,13 @@ def test_weight_decay_with_local_epochs_is_that_of_each_clients_own_optimizer(op
     assert np.linalg.norm(moved) > 0.1
 
 
+@pytest.mark.parametrize(("local_epochs", "decay"), [(1, 0.0), (0, 0.05)])
+def test_weights_decay_in_one_place(local_epochs, decay):
+    made = built(weight_decay=0.05, local_epochs=local_epochs, optimizer="adam")
+    assert {group["weight_decay"] for group in made.server.optimizer.param_groups} == {decay}
+    assert (made.server.local is not None) == bool(local_epochs)
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
