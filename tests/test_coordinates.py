@@ -77,6 +77,9 @@ class Skips(nn.Module):
 # Module, data, and how many of its layers are measured coordinate by coordinate.
 NETWORKS = {
     "lenet": (lambda: build("lenet", 3, 3, 0, channels=(4, 8)), pictures, 3),
+    # Of a size that a kernel takes, of which it takes two channels at a time.
+    "channels for the kernel": (lambda: build("lenet", 1, 3, 0, channels=(2, 6)), lambda: pictures(32, 1), 3),
+    "a channel too many": (lambda: build("lenet", 1, 3, 0, channels=(2, 7)), lambda: pictures(32, 1), 3),
     "lenet with norms": (lambda: build("lenet", 3, 3, 0, channels=(4, 8), norm="group"), pictures, 3),
     "mlp": (lambda: build("mlp", 1, 3, 0, hidden=(5, 4), grid=4), lambda: pictures(4, 1), 3),
     "strides": (
